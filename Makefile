@@ -1,0 +1,47 @@
+# Everything a newcomer types. Needs python3 (3.10 to 3.13) and make, nothing activated.
+# PYTHON chooses another interpreter; PIP_* variables are honoured (e.g. PIP_EXTRA_INDEX_URL for CPU-only torch).
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-fast test-export lint
+
+help: ## explain the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## make .venv with everything in it (quick when up to date)
+
+# The pins of requirements.lock are for Python 3.11; other versions take the ranges of setup.cfg.
+$(STAMP): setup.cfg requirements.lock
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@set -e; \
+	if [ "$$($(BIN)/python -c 'import sys; print(sys.version_info[:2] == (3, 11))')" = True ]; then \
+		pins="-c requirements.lock"; \
+	else \
+		pins=""; echo "requirements.lock is for Python 3.11: installing the newest versions that setup.cfg allows"; \
+	fi; \
+	set -x; \
+	$(BIN)/python -m pip install $$pins "torch==2.13.0"; \
+	$(BIN)/python -m pip install $$pins -e ".[dev]"
+	touch $@
+
+demo: install ## train, stop, resume, export and use a small Emu on drawn scenes; writes outputs/demo/report.html
+	$(BIN)/python -m benchmarks.demo.run
+
+test: install ## the whole test suite
+	$(TESTS)
+
+test-fast: install ## the tests that take seconds
+	$(TESTS) -m "not slow and not gpu"
+
+test-export: install ## an exported package in an environment that has only its own dependencies
+	$(TESTS) tests/inference -m clean_env
+
+lint: install ## ruff, mypy and the import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports

@@ -1,0 +1,60 @@
+"""Options of the data pipeline (`conf/data/`). No torch here: launchers check configurations on login nodes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+
+@dataclass
+class SourceConfig:
+    """One corpus.
+
+    kind: pairs | laion | mmc4 | webvid | storyboard | text: who wrote the shards decides how they are read.
+    shards: path, glob or brace pattern of the tars. index: folder of the index; "" = made under data.index_dir.
+    weight: share of the emitted documents, or of their tokens (data.weight_unit), relative to the other sources;
+    0 = left out of the training mixture.
+    holdout: share of the samples, chosen by a hash of their key, that is never trained on.
+    options: options of the kind (dataclass beside the source in data_pipelines/sources/).
+    """
+
+    kind: str = MISSING
+    shards: str = MISSING
+    index: str = ""
+    weight: float = 1.0
+    holdout: float = 0.0
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class DataConfig:
+    """Where samples come from and how they become rows.
+
+    global_batch_rows (G): rows a step, over all ranks; a multiple of lanes. micro_batch_rows: rows per rank and
+    forward pass. lanes (L): independent streams, fixed for a run; the data-parallel size divides it.
+    weight_unit: documents | tokens: what the weights of the sources share out.
+    window_rows: a lane packs documents of about window_rows x seq_len tokens at a time.
+    chunk_samples, chunk_mb: at most so much is read at a time. buffer_mb: encoded bytes held per rank.
+    """
+
+    sources: dict[str, SourceConfig] = MISSING
+    tokenizer: str = MISSING
+    index_dir: str = "outputs/index"
+    seq_len: int = 2048
+    max_images_per_row: int = 24
+    global_batch_rows: int = 256
+    micro_batch_rows: int = 1
+    lanes: int = 256
+    window_rows: int = 64
+    weight_unit: str = "documents"
+    num_workers: int = 2
+    prefetch_rows: int = 8
+    chunk_samples: int = 64
+    chunk_mb: float = 4.0
+    buffer_mb: int = 2048
+    max_image_megapixels: float = 64.0
+    max_member_mb: float = 256.0
+    max_text_characters: int = 100_000
+    seed: int = 0

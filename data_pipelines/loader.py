@@ -1,0 +1,231 @@
+"""The rows of a data-parallel rank as an endless stream of micro-batches, the same for every split of the work.
+
+Row slot s of a rank is round s // Lr of its lane s % Lr, with Lr = lanes / dp lanes a rank; micro-batch j holds slots
+[j B, (j + 1) B). Which worker fills a slot, how many rows a micro-batch has and how many micro-batches a step has
+therefore changes no row. No state of a worker is ever saved: every row carries the cursor that follows it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import os
+import signal
+import sys
+import weakref
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from conf import UserError
+from data_pipelines.config import DataConfig, SourceConfig
+from data_pipelines.document import Batch, Cursor, Document, PackedRow, SampleKey
+from data_pipelines.index import Index, open_index
+from data_pipelines.index_builder import build_index
+from data_pipelines.lane import Lane, LaneSettings, first_cursor
+from data_pipelines.packing import collate
+from data_pipelines.reader import SourceReader
+from data_pipelines.tokenizer import Tokenizer
+
+PR_SET_PDEATHSIG = 1
+ORDER_SETTINGS = (
+    "seed",
+    "lanes",
+    "seq_len",
+    "max_images_per_row",
+    "window_rows",
+    "weight_unit",
+    "max_image_megapixels",
+    "max_member_mb",
+    "max_text_characters",
+)
+SOURCE_SETTINGS = ("kind", "weight", "holdout", "options")
+
+NO_IMAGES = torch.empty(0, dtype=torch.uint8)
+
+WorkerItem = tuple[list[tuple[int, PackedRow]], torch.Tensor]
+"""(slot, row without its images) of one worker's rows of a micro-batch, and the images of all of them."""
+
+
+def training_sources(config: DataConfig) -> dict[str, SourceConfig]:
+    """The sources of the mixture; their order gives the source numbers of a batch."""
+    return {name: source for name, source in config.sources.items() if source.weight > 0}
+
+
+def index_path(config: DataConfig, source: str) -> Path:
+    settings = config.sources[source]
+    made_from = json.dumps([settings.shards, config.chunk_samples, config.chunk_mb])
+    return Path(
+        settings.index or Path(config.index_dir, f"{source}-{hashlib.sha256(made_from.encode()).hexdigest()[:12]}")
+    )
+
+
+def open_indexes(config: DataConfig, build_missing: bool) -> dict[str, Index]:
+    """Index of each source with a weight; one that does not exist yet is built first where `build_missing`."""
+    indexes = {}
+    for name, source in training_sources(config).items():
+        path = index_path(config, name)
+        if build_missing and not path.exists():
+            build_index(name, source.shards, path, chunk_samples=config.chunk_samples, chunk_mb=config.chunk_mb)
+        indexes[name] = open_index(path)
+    return indexes
+
+
+def fingerprint(
+    config: DataConfig, indexes: dict[str, Index], tokenizer: Tokenizer, num_queries: int
+) -> dict[str, str]:
+    """Everything that the order and content of rows depend on, by name: two runs with equal values see equal rows."""
+    parts = {f"data.{name}": str(getattr(config, name)) for name in ORDER_SETTINGS}
+    parts["data.sources"] = ", ".join(indexes)
+    parts |= {"tokenizer": tokenizer.digest, "model.causal_transformer.num_queries": str(num_queries)}
+    for source, index in indexes.items():
+        settings = config.sources[source]
+        parts |= {
+            f"data.sources.{source}.{name}": json.dumps(getattr(settings, name), sort_keys=True)
+            for name in SOURCE_SETTINGS
+        }
+        parts[f"data.sources.{source}.index"] = index.fingerprint
+    return parts
+
+
+def holdout_documents(config: DataConfig, index: Index, source: str) -> Iterator[tuple[SampleKey, Document]]:
+    """The held-out documents of a source in the order of its index, as of epoch 0."""
+    reader = SourceReader(source, config, index)
+    for chunk in range(index.num_chunks):
+        for key, sample in reader.samples(chunk):
+            document = reader.document(key, 0, sample) if reader.is_held_out(sample) else None
+            if isinstance(document, Document):
+                yield key, document
+
+
+class Loader:
+    """Endless micro-batches of one data-parallel rank, from `cursors` (lane -> cursor, None = the beginning) on.
+
+    indexes: as `open_indexes` gives them. image_size: of the pictures, in pixels. Every iteration starts at `cursors`;
+    a batch's own cursors tell how far its consumer has come.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        indexes: dict[str, Index],
+        tokenizer: Tokenizer,
+        *,
+        num_queries: int,
+        image_size: int,
+        dp_rank: int,
+        dp_size: int,
+        cursors: dict[int, Cursor] | None = None,
+    ) -> None:
+        self._config, self._tokenizer = config, tokenizer
+        self.source_names = list(indexes)
+        num_lanes = config.lanes // dp_size
+        lanes = range(dp_rank * num_lanes, (dp_rank + 1) * num_lanes)
+        self.cursors = {lane: cursors[lane] if cursors else first_cursor(lane, len(indexes)) for lane in lanes}
+        readers = [SourceReader(name, config, index) for name, index in indexes.items()]
+        buffer_bytes = config.buffer_mb * 2**20 // num_lanes
+        settings = LaneSettings(config, readers, tokenizer, num_queries, image_size, buffer_bytes)
+        self._rows = _LaneRows(settings, self.cursors, config.micro_batch_rows)
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = self._batches()
+        _running.add(batches)
+        return batches
+
+    def _batches(self) -> Generator[Batch, None, None]:
+        items = iter(self._open_workers())
+        num_streams = max(1, self._config.num_workers)
+        try:
+            while True:
+                slots = dict(itertools.chain.from_iterable(_rows_of(next(items)) for _ in range(num_streams)))
+                rows = [slots[slot] for slot in sorted(slots)]
+                yield collate(rows, self._config.seq_len, self._tokenizer.pad, self.source_names)
+        finally:
+            del items  # ends the workers, even where a traceback keeps this frame
+
+    def _open_workers(self) -> DataLoader:
+        """Batches come round-robin: item j of every worker, in worker order, before item j + 1 of any."""
+        own = torch.Generator()  # else every start would draw from the process's, and a resumed run's dropout differ
+        if not self._config.num_workers:
+            return DataLoader(self._rows, batch_size=None, collate_fn=_as_it_is, generator=own)
+        return DataLoader(
+            self._rows,
+            batch_size=None,
+            collate_fn=_as_it_is,
+            generator=own,
+            num_workers=self._config.num_workers,
+            prefetch_factor=-(-self._config.prefetch_rows // self._config.micro_batch_rows),
+            worker_init_fn=functools.partial(_outlive_signals, os.getpid()),
+        )
+
+
+class _LaneRows(IterableDataset):
+    """Item j of worker w of W: the rows of micro-batch j that come from its lanes, every W-th of the rank's."""
+
+    def __init__(self, settings: LaneSettings, cursors: dict[int, Cursor], micro_batch_rows: int) -> None:
+        self._settings, self._cursors, self._num_rows = settings, cursors, micro_batch_rows
+
+    def __iter__(self) -> Iterator[WorkerItem | UserError]:
+        worker = get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        lanes = {
+            position: Lane(lane, self._settings, self._cursors[lane])
+            for position, lane in enumerate(sorted(self._cursors))
+            if position % step == first
+        }
+        try:
+            for j in itertools.count():
+                slots = range(j * self._num_rows, (j + 1) * self._num_rows)
+                wanted = [(slot, slot % len(self._cursors)) for slot in slots]
+                yield _worker_item(
+                    [(slot, lanes[position].next_row()) for slot, position in wanted if position in lanes]
+                )
+        except UserError as error:  # raised in a worker, it would reach the user wrapped in a traceback
+            yield error
+
+
+def _worker_item(rows: list[tuple[int, PackedRow]]) -> WorkerItem:
+    """One tensor an item: each costs a file descriptor on its way to the main process."""
+    images = torch.cat([row.images for _, row in rows]) if rows else NO_IMAGES
+    return [(slot, dataclasses.replace(row, images=NO_IMAGES)) for slot, row in rows], images
+
+
+def _rows_of(item: WorkerItem | UserError) -> list[tuple[int, PackedRow]]:
+    if isinstance(item, UserError):
+        raise item
+    rows, images = item
+    counts = [sum(len(document.image_starts) for document in row.documents) for _, row in rows]
+    parts = images.split(counts) if rows else ()
+    return [(slot, dataclasses.replace(row, images=part)) for (slot, row), part in zip(rows, parts, strict=True)]
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+_running: weakref.WeakSet[Generator[Batch, None, None]] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Before multiprocessing's own clean-up, which waits for ever: its SIGTERM is ignored."""
+    for batches in list(_running):
+        batches.close()
+
+
+def _outlive_signals(rank_pid: int, _: int) -> None:
+    """Workers serve the last micro-batches before a stop that a signal asked for, and die with their rank."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != rank_pid:  # it was gone before prctl
+        os._exit(1)

@@ -1,0 +1,127 @@
+"""One source of a run: from a place in its index to documents."""
+
+from __future__ import annotations
+
+import tarfile
+from collections import Counter, deque
+
+from conf import UserError
+from data_pipelines.config import DataConfig
+from data_pipelines.document import Document, RawSample, SampleKey, Skip
+from data_pipelines.index import Index
+from data_pipelines.order import Units, is_held_out, sample_rng
+from data_pipelines.shards import read_range
+from data_pipelines.sources import make_source
+from data_pipelines.tar_samples import parse_samples
+
+KeyedSample = tuple[SampleKey, RawSample]
+MAX_BARREN_EPOCHS, MAX_BARREN_SAMPLES = 20, 100_000
+"""So many samples in a row without a document (the fewer of the two) mean that a source is misread. A lane's samples
+are as good as random: a single good one among n is missed by n draws with probability 1/e, by 20 n with exp(-20)."""
+
+
+class SourceReader:
+    """Samples and documents of the source `name`, by chunk or by key. Nothing is remembered between calls."""
+
+    def __init__(self, name: str, config: DataConfig, index: Index) -> None:
+        self.name, self.index = name, index
+        self.units = Units(index, name, config.seed, config.lanes)
+        self._seed = config.seed
+        self._holdout = config.sources[name].holdout
+        self._max_member_bytes = int(config.max_member_mb * 2**20)
+        self._make_document = make_source(name, config.sources[name], config)
+
+    def samples(self, chunk_number: int) -> list[KeyedSample]:
+        """All samples of a chunk. Raises UserError when the shard is not the one that was indexed."""
+        chunk = self.index.chunk(chunk_number)
+        self.index.check_shard(chunk.shard)
+        data = read_range(self.index.url(chunk.shard), chunk.offset, chunk.nbytes)
+        try:
+            samples = parse_samples(data, self._max_member_bytes)
+        except tarfile.TarError:
+            samples = []
+        if len(samples) != chunk.num_samples:
+            self.index.raise_unlike(chunk)
+        first = chunk.first_sample
+        return [(SampleKey(self.name, chunk.shard, first + i), sample) for i, sample in enumerate(samples)]
+
+    def is_held_out(self, sample: RawSample) -> bool:
+        return is_held_out(self.name, sample.name, self._holdout)
+
+    def document(self, key: SampleKey, epoch: int, sample: RawSample) -> Document | Skip:
+        """What becomes of a sample in an epoch: the same whenever it is asked."""
+        return self._make_document(sample, sample_rng(self._seed, epoch, key))
+
+    def document_of(self, key: SampleKey, epoch: int) -> Document | Skip:
+        """`document` of a sample that has to be read again."""
+        samples = dict(self.samples(self.index.chunk_of(key.shard, key.index)))
+        return self.document(key, epoch, samples[key])
+
+
+class SourceStream:
+    """The training documents of one source in the order in which one lane sees them, from (q, offset) on.
+
+    skips: reason -> samples passed over so far.
+    """
+
+    def __init__(self, reader: SourceReader, lanes: int, position: tuple[int, int]) -> None:
+        self.reader = reader
+        self.skips: Counter[str] = Counter()
+        self._lanes = lanes
+        self._q, self._offset = position
+        self._epoch = 0
+        self._samples: deque[KeyedSample] = deque()
+        self._num_barren = 0
+
+    @property
+    def position(self) -> tuple[int, int]:
+        return self._q, self._offset
+
+    def mark(self) -> tuple[tuple[int, int], Counter[str]]:
+        """Where the stream stands, for `go_back`."""
+        return self.position, Counter(self.skips)
+
+    def go_back(self, mark: tuple[tuple[int, int], Counter[str]]) -> None:
+        (self._q, self._offset), self.skips = mark
+        self._samples.clear()
+
+    def next_document(self) -> tuple[SampleKey, int, Document]:
+        """Key, epoch and document of the next sample that has one; raises UserError when there seems to be none."""
+        limit = min(MAX_BARREN_EPOCHS * self.reader.index.num_samples, MAX_BARREN_SAMPLES)
+        while self._num_barren < limit:
+            key, sample = self._next_sample()
+            held_out = self.reader.is_held_out(sample)
+            document = Skip("held out") if held_out else self.reader.document(key, self._epoch, sample)
+            if isinstance(document, Document):
+                return key, self._epoch, document
+            self.skip(document.reason)
+        reasons = ", ".join(f"{reason} {count}" for reason, count in self.skips.most_common())
+        raise UserError(
+            f"the source {self.reader.name!r} gave no document in {limit} samples ({reasons}): "
+            f"check kind, options and holdout of data.sources.{self.reader.name}"
+        )
+
+    def skip(self, reason: str) -> None:
+        self.skips[reason] += 1
+        self._num_barren += 1
+
+    def accept(self) -> None:
+        """A document was of use: the source is not barren."""
+        self._num_barren = 0
+
+    def _next_sample(self) -> KeyedSample:
+        while not self._samples:
+            self._read_unit()
+        self._offset += 1
+        sample = self._samples.popleft()
+        if not self._samples:
+            self._q, self._offset = self._q + self._lanes, 0
+        return sample
+
+    def _read_unit(self) -> None:
+        unit = self.reader.units.unit(self._q)
+        self._epoch = unit.epoch
+        if unit.first + self._offset < unit.last:
+            self._samples.extend(self.reader.samples(unit.chunk)[unit.first + self._offset : unit.last])
+        else:
+            self._q, self._offset = self._q + self._lanes, 0

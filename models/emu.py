@@ -1,0 +1,130 @@
+"""Emu up to its two heads: images become embeddings among the text tokens, one decoder predicts the next of either.
+
+Shapes: B rows of S positions, M images of N slots, W width of the language model. `Batch` in data_pipelines/document.py
+says what the inputs hold.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import torch
+from torch import Tensor, nn
+
+from models.causal_transformer import CausalTransformer
+from models.config import CausalTransformerConfig, ModelConfig, ObjectiveConfig, VisionConfig
+from models.language_model import LanguageModel
+from models.objective import (
+    StopRegressionGradient,
+    embedding_statistics,
+    find_targets,
+    loss_statistics,
+    regression_errors,
+)
+from models.text_head import LanguageModelHead
+from models.vision_encoder import VisionEncoder, normalise_pixels
+
+NUM_SAMPLED = 64
+"""Images whose mean embedding is returned for the effective rank."""
+
+
+def build_vision_encoder(config: VisionConfig) -> VisionEncoder:
+    sizes = {name: value for name, value in asdict(config).items() if not name.startswith("pixel_")}
+    return VisionEncoder(**sizes)
+
+
+def build_causal_transformer(config: CausalTransformerConfig, vision_width: int, width: int) -> CausalTransformer:
+    return CausalTransformer(vision_width, width, **asdict(config))
+
+
+def gradient_keeping_graph(loss: Tensor, of: Tensor) -> Tensor:
+    """d loss / d of, leaving the graph for the backward pass proper. An engine that counts passes puts its own here."""
+    return torch.autograd.grad(loss, of, retain_graph=True)[0]
+
+
+class Emu(nn.Module):
+    """The pretrained network. Every submodule runs exactly once per forward pass, whatever the batch holds."""
+
+    def __init__(self, config: ModelConfig, objective: ObjectiveConfig, num_sources: int) -> None:
+        super().__init__()
+        self.config = config
+        self.num_sources = num_sources
+        self.text_only_encoder = objective.regression_gradient == "text_only"
+        width = config.language_model.width
+        self.vision_encoder = build_vision_encoder(config.vision)
+        self.causal_transformer = build_causal_transformer(config.causal_transformer, config.vision.width, width)
+        self.language_model = LanguageModel(config.language_model)
+        self.text_head = LanguageModelHead(config.language_model)
+        self.regression_head = nn.Linear(width, width, bias=False)
+        nn.init.normal_(self.regression_head.weight, std=config.language_model.init_std)
+        self.early_gradient = gradient_keeping_graph
+
+    def encode(self, images: Tensor) -> Tensor:
+        """uint8 [M, 3, H, W] -> visual embeddings [M, N, W]."""
+        vision = self.config.vision
+        pixels = normalise_pixels(images, vision.pixel_mean, vision.pixel_std, self.regression_head.weight.dtype)
+        return self.causal_transformer(self.vision_encoder(pixels))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        document_ids: Tensor,
+        position_ids: Tensor,
+        images: Tensor,
+        image_starts: Tensor,
+        document_sources: Tensor,
+        document_ok: Tensor,
+        text_scale: float,
+        image_scale: float,
+    ) -> dict[str, Tensor]:
+        """One micro-batch.
+
+        text_scale, image_scale: factors of the *sums* of the two losses; the caller divides by global target counts.
+        Returns `loss` (to be driven backward), detached sums (`loss_statistics`, `embedding_statistics`), and
+        embedding_sample [<= 64, W].
+        """
+        targets = find_targets(
+            input_ids,
+            document_ids,
+            document_ok,
+            document_sources,
+            image_starts,
+            self.config.causal_transformer.num_queries,
+            self.config.language_model.text_vocab_size,
+        )
+        visual = self._encode_or_blank(images)
+        holder: dict[str, Tensor] = {}
+        if self.text_only_encoder and torch.is_grad_enabled():
+            visual = StopRegressionGradient.apply(visual, holder)
+        embeddings = self._embed(input_ids, visual, image_starts)
+        hidden = self.language_model(embeddings, document_ids, position_ids).flatten(0, 1)
+
+        text_losses = self.text_head(hidden[targets.text_positions], targets.text_labels)
+        predicted = self.regression_head(hidden[targets.image_positions])
+        errors = regression_errors(predicted, embeddings.flatten(0, 1), targets.image_positions)
+        text_loss = text_scale * text_losses.sum()
+        if self.text_only_encoder and torch.is_grad_enabled():
+            holder["gradient"] = self.early_gradient(text_loss, visual)
+        return {
+            "loss": text_loss + image_scale * errors.sum(),
+            **loss_statistics(text_losses, errors, targets, self.num_sources),
+            **embedding_statistics(visual[: len(images)]),
+            "embedding_sample": visual[: len(images)].detach().mean(dim=1)[:NUM_SAMPLED].float(),
+        }
+
+    def _encode_or_blank(self, images: Tensor) -> Tensor:
+        """A rank without images encodes one blank: a module that some rank leaves out makes ZeRO-3 hang."""
+        if len(images):
+            return self.encode(images)
+        size = self.config.vision.image_size
+        return self.encode(images.new_zeros(1, 3, size, size))
+
+    def _embed(self, input_ids: Tensor, visual: Tensor, image_starts: Tensor) -> Tensor:
+        """Token embeddings [B, S, W] with the visual ones put over the `<image>` slots."""
+        tokens = self.language_model.embed_tokens(input_ids)
+        num_images, num_slots = len(image_starts), visual.shape[1]
+        first = image_starts[:, 0] * input_ids.shape[1] + image_starts[:, 1]
+        slots = (first[:, None] + torch.arange(1, num_slots + 1, device=first.device)).flatten()
+        used, unused = visual[:num_images], visual[num_images:]
+        filled = tokens.flatten(0, 1).index_copy(0, slots, used.flatten(0, 1).to(tokens.dtype))
+        return filled.view_as(tokens) + 0 * unused.sum().to(tokens.dtype)

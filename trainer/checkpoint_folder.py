@@ -1,0 +1,196 @@
+"""Checkpoint folders of a run: names, manifests, which one is whole and newest, and removing old ones.
+
+<run>/checkpoints/latest                    name of the folder to resume from
+<run>/checkpoints/step-00000100/            visible under this name only when whole
+<run>/checkpoints/step-00000200.partial/    being written, or left by a run that was killed
+<run>/checkpoints/step-00000050.removed/    being deleted
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from conf import UserError
+from trainer.fragment_files import write_json
+
+FORMAT = 1
+MANIFEST, STATE, LATEST = "manifest.json", "state.json", "latest"
+PARTIAL, REMOVED = ".partial", ".removed"
+
+log = logging.getLogger(__name__)
+
+
+def checkpoint_path(run_folder: Path, step: int) -> Path:
+    return run_folder / "checkpoints" / f"step-{step:08d}"
+
+
+def partial_path(final: Path) -> Path:
+    return final.with_name(final.name + PARTIAL)
+
+
+def start_partial(final: Path) -> None:
+    """Make the empty folder to write into; what a killed run left there is deleted."""
+    partial = partial_path(final)
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """Size in bytes and BLAKE2b digest, read back from the file system."""
+    digest = hashlib.blake2b(digest_size=32)
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return {"size": path.stat().st_size, "blake2b": digest.hexdigest()}
+
+
+def commit(final: Path, files: dict[str, dict[str, Any]]) -> None:
+    """Make the partial folder the latest checkpoint: manifest, then the final name, then `latest`.
+
+    files: `describe_file` of every file, computed by the ranks that wrote them.
+    A checkpoint of the same step (of an earlier attempt) is moved away first; if the run is killed between the two
+    renames, the one before it is found.
+    """
+    partial = partial_path(final)
+    for name, facts in files.items():
+        written = partial / name
+        if not written.is_file() or written.stat().st_size != facts["size"]:
+            raise UserError(
+                f"{written} is not what its rank wrote: put the run folder where all nodes see the same files"
+            )
+    write_json(partial / MANIFEST, {"format": FORMAT, "files": files})
+    _flush_folder(partial)
+    if final.exists():
+        _remove(final)
+    partial.rename(final)
+    _flush_folder(final.parent)
+    _point_latest(final)
+
+
+def find_damage(path: Path, digests: bool = True) -> str | None:
+    """What is wrong with a checkpoint folder, by its manifest; None if it is whole.
+
+    digests=False looks at names and sizes only, which takes no time.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            return f"{MANIFEST} has format {manifest['format']}, this version reads {FORMAT}"
+        files = [(str(name), facts["size"], facts["blake2b"]) for name, facts in manifest["files"].items()]
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} cannot be read"
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        checks = [pool.submit(_file_damage, path, name, size, digest, digests) for name, size, digest in files]
+        bar = tqdm(checks, desc=f"verifying {path.name}", unit="file", delay=5, disable=not digests)
+        return next((damage for damage in (check.result() for check in bar) if damage), None)
+
+
+def find_latest(run_folder: Path) -> Path | None:
+    """The whole checkpoint to resume from: the one `latest` names, else the next older, else any.
+
+    Damaged ones are named in a warning. Reads every byte of what it returns, so call it on one rank only.
+    """
+    for path in _candidates(run_folder / "checkpoints"):
+        damage = find_damage(path)
+        if damage is None:
+            return path
+        log.warning("checkpoint %s is damaged (%s); looking for an older one", path, damage)
+    return None
+
+
+def prune(run_folder: Path, keep: int) -> list[Path]:
+    """Delete all but the newest `keep` rolling checkpoints; permanent ones and the latest stay. Returns what went.
+
+    Call it on one rank while no checkpoint is being written: leftovers of killed runs are deleted too.
+    """
+    assert keep >= 1
+    folder = run_folder / "checkpoints"
+    for leftover in [*folder.glob(f"step-*{PARTIAL}"), *folder.glob(f"step-*{REMOVED}")]:
+        shutil.rmtree(leftover)
+    latest = _latest_name(folder)
+    rolling = [path for path in _by_step(folder) if not _is_permanent(path)]
+    surplus = [path for path in rolling[keep:] if path.name != latest]
+    for path in surplus:
+        _remove(path)
+    return surplus
+
+
+def _file_damage(folder: Path, name: str, size: int, digest: str, digests: bool) -> str | None:
+    path = folder / name
+    if Path(name).name != name:
+        return f"{MANIFEST} names a file outside the folder, {name!r}"
+    if not path.is_file():
+        return f"{name} is missing"
+    if path.stat().st_size != size:
+        return f"{name} has {path.stat().st_size} bytes instead of {size}"
+    if digests and describe_file(path)["blake2b"] != digest:
+        return f"{name} has changed since it was written"
+    return None
+
+
+def _by_step(folder: Path) -> list[Path]:
+    """Folders with a final name, newest first."""
+    return sorted((p for p in folder.glob("step-*") if p.is_dir() and p.name[5:].isdigit()), reverse=True)
+
+
+def _candidates(folder: Path) -> list[Path]:
+    """In the order to try. Steps beyond `latest` belong to an attempt that was given up, or was killed just before."""
+    paths, latest = _by_step(folder), _latest_name(folder)
+    if latest is None:
+        return paths
+    if folder / latest not in paths:
+        log.warning("%s names %s, which is not there; looking for an older one", folder / LATEST, latest)
+    older = [path for path in paths if path.name <= latest]
+    return older + [path for path in paths if path.name > latest]
+
+
+def _latest_name(folder: Path) -> str | None:
+    latest = folder / LATEST
+    return latest.read_text(encoding="utf-8", errors="replace").strip() if latest.is_file() else None
+
+
+def _point_latest(final: Path) -> None:
+    temporary = final.with_name(LATEST + PARTIAL)
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(final.name + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(final.with_name(LATEST))
+    _flush_folder(final.parent)
+
+
+def _is_permanent(path: Path) -> bool:
+    """A folder that cannot be read is not deleted as rolling would be, but kept for someone to look at."""
+    try:
+        return bool(json.loads((path / STATE).read_text(encoding="utf-8"))["permanent"])
+    except (OSError, ValueError, KeyError):
+        return True
+
+
+def _remove(path: Path) -> None:
+    """Rename first, so that a kill half-way does not leave a damaged checkpoint under a final name."""
+    removed = path.with_name(path.name + REMOVED)
+    if removed.exists():
+        shutil.rmtree(removed)
+    path.rename(removed)
+    shutil.rmtree(removed)
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,253 @@
+"""The configuration of a pretraining job: what Hydra composes from `conf/`, typed and checked before anything starts.
+
+No torch here: `python -m trainer.config OVERRIDES` checks a command line on a login node in a second.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from dataclasses import dataclass, field
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+import conf
+from conf import UserError, run_cli
+from data_pipelines.config import DataConfig
+from data_pipelines.tokenizer import Tokenizer
+from data_pipelines.validate import validate_batching
+from models.config import ModelConfig, ObjectiveConfig
+
+CONF_DIR = str(Path(conf.__file__).resolve().parent)
+NOISE = ("full_key:", "object_type=", "reference_type=", "Config search path", "provider=", "^", "See https://")
+"""Lines of Hydra's messages that tell a user nothing."""
+LEAST = {
+    "total_steps": 1,
+    "stop_after_step": 0,
+    "optim.vision_encoder_lr": 0,
+    "optim.causal_transformer_lr": 0,
+    "optim.language_model_lr": 0,
+    "optim.weight_decay": 0,
+    "optim.grad_clip": 0,
+    "parallel.threads": 0,
+    "checkpoint.every_steps": 0,
+    "checkpoint.permanent_every_steps": 0,
+    "checkpoint.keep": 1,
+    "monitor.log_every_steps": 1,
+}
+SHARES = ("optim.beta1", "optim.beta2", "optim.warmup_ratio", "optim.min_lr_ratio")
+
+
+@dataclass
+class OptimConfig:
+    """AdamW as in the paper: peak learning rate per module, cosine decay after a linear warm-up.
+
+    schedule: cosine | constant (no decay and no warm-up). warmup_ratio: share of total_steps. min_lr_ratio: where the
+    cosine ends. grad_clip: largest global gradient norm (Emu2's value; Emu does not state one). Norms, biases, queries
+    and position tables are not decayed.
+    """
+
+    vision_encoder_lr: float = 4e-5
+    causal_transformer_lr: float = 1e-4
+    language_model_lr: float = 3e-5
+    beta1: float = 0.9
+    beta2: float = 0.98
+    eps: float = 1e-6
+    weight_decay: float = 0.05
+    grad_clip: float = 5.0
+    schedule: str = "cosine"
+    warmup_ratio: float = 0.2
+    min_lr_ratio: float = 0.0
+
+
+@dataclass
+class ParallelConfig:
+    """zero_stage: DeepSpeed ZeRO 0-3 over the data-parallel ranks. precision: fp32 | bf16.
+
+    persistence_threshold: ZeRO-3 keeps smaller parameters whole on every rank. timeout_minutes: a collective that takes
+    longer ends the run. threads: CPU threads of a rank, 0 = leave as it is. deterministic: refuse operations whose
+    result depends on thread timing.
+    """
+
+    zero_stage: int = 2
+    precision: str = "fp32"
+    persistence_threshold: int = 100_000
+    timeout_minutes: float = 30.0
+    threads: int = 0
+    deterministic: bool = False
+
+
+@dataclass
+class CheckpointConfig:
+    """every_steps, permanent_every_steps: 0 = never (a run that ends always leaves one). keep: rolling ones kept.
+
+    resume: auto = from the newest whole checkpoint of the run folder | never = start anew, the folder must be empty.
+    allow_changes: resume although the data order's fingerprint differs.
+    """
+
+    every_steps: int = 500
+    keep: int = 2
+    permanent_every_steps: int = 0
+    resume: str = "auto"
+    allow_changes: bool = False
+
+
+@dataclass
+class MonitorConfig:
+    """log_every_steps: console and wandb. wandb: offline | online | disabled.
+
+    collapse_spread: alarm when the visual embeddings' standard deviation across images falls below this share of their
+    root mean square.
+    """
+
+    log_every_steps: int = 10
+    wandb: str = "offline"
+    wandb_project: str = "emu"
+    collapse_spread: float = 0.02
+
+
+@dataclass
+class InitConfig:
+    """Where weights start. vision_encoder: file in EVA-CLIP's layout (.safetensors or .pt), "" = random."""
+
+    vision_encoder: str = ""
+
+
+@dataclass
+class PretrainConfig:
+    """run_dir: what the run writes. total_steps: length of the schedule. stop_after_step: end early, 0 = do not."""
+
+    run_dir: str = MISSING
+    total_steps: int = 10_000
+    stop_after_step: int = 0
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+
+
+def register_schemas() -> None:
+    """Make the dataclasses known to Hydra as the types of the YAML groups."""
+    ConfigStore.instance().store(name="pretrain_schema", node=PretrainConfig)
+
+
+def compose_config(overrides: list[str], name: str = "pretrain") -> PretrainConfig:
+    """Compose `conf/<name>.yaml` with command-line overrides. UserError on an unknown key or a wrong type."""
+    register_schemas()
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(config_dir=CONF_DIR, version_base="1.3"):
+            return to_dataclass(compose(config_name=name, overrides=overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(one_sentence(error)) from error
+
+
+def to_dataclass(composed: Any) -> PretrainConfig:
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, PretrainConfig)
+    return config
+
+
+def one_sentence(error: Exception) -> str:
+    """Hydra's and OmegaConf's messages in a line, with the key where they know it, and how to mend it."""
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    key = getattr(cause, "full_key", None)
+    variable = re.search(r"Environment variable '(\w+)' not found", str(cause))
+    if variable:
+        name = variable[1]
+        return f"{key} needs the environment variable {name}, which is not set: export {name}=FOLDER, or override {key}"
+    if isinstance(cause, ConfigKeyError) and "is not in struct" in str(cause):
+        return f"{key} does not exist yet: check its name, or put a + before it to add it"
+    lines = [line.strip() for line in str(cause).splitlines()]
+    text = " ".join(line for line in lines if line and not line.startswith(NOISE))
+    where = f" at {key}" if key and key not in text else ""
+    return f"{text.rstrip('.')}{where}: see all keys and their values with python -m trainer.pretrain --cfg job"
+
+
+def choose(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UserError(f"{key}={value} is not known: choose one of {', '.join(allowed)}")
+
+
+def validate(config: PretrainConfig, dp_size: int) -> None:
+    """Refuse impossible combinations, one sentence each, before any process or model exists."""
+    choose("objective.target_normalisation", config.objective.target_normalisation, ("none", "variance"))
+    choose("objective.regression_gradient", config.objective.regression_gradient, ("full", "text_only"))
+    choose("optim.schedule", config.optim.schedule, ("cosine", "constant"))
+    choose("parallel.precision", config.parallel.precision, ("fp32", "bf16"))
+    choose("checkpoint.resume", config.checkpoint.resume, ("auto", "never"))
+    choose("monitor.wandb", config.monitor.wandb, ("offline", "online", "disabled"))
+    if config.parallel.zero_stage not in (0, 1, 2, 3):
+        raise UserError(f"parallel.zero_stage={config.parallel.zero_stage} is not a ZeRO stage: choose 0, 1, 2 or 3")
+    for key, least in LEAST.items():
+        if (value := attrgetter(key)(config)) < least:
+            raise UserError(f"{key}={value} is too small: give at least {least}")
+    for key in SHARES:
+        if not 0 <= (value := attrgetter(key)(config)) <= 1:
+            raise UserError(f"{key}={value} is not a share: give a number from 0 to 1")
+    validate_model(config.model)
+    if config.data.seq_len > config.model.language_model.max_positions:
+        raise UserError(
+            f"data.seq_len={config.data.seq_len} is longer than model.language_model.max_positions="
+            f"{config.model.language_model.max_positions}: shorten the one or raise the other"
+        )
+    if config.init.vision_encoder and not Path(config.init.vision_encoder).is_file():
+        raise UserError(f"init.vision_encoder={config.init.vision_encoder} is not a file: give an EVA-CLIP checkpoint")
+    validate_batching(config.data, dp_size, config.model.causal_transformer.num_queries)
+
+
+def validate_model(model: ModelConfig) -> None:
+    vision, language = model.vision, model.language_model
+    for key, value, divisor_key, divisor in (
+        ("model.vision.image_size", vision.image_size, "model.vision.patch_size", vision.patch_size),
+        ("model.vision.width", vision.width, "model.vision.num_heads", vision.num_heads),
+        ("model.language_model.width", language.width, "model.language_model.num_heads", language.num_heads),
+        (
+            "model.language_model.num_heads",
+            language.num_heads,
+            "model.language_model.num_kv_heads",
+            language.num_kv_heads,
+        ),
+    ):
+        if value % divisor:
+            raise UserError(f"{key}={value} is not a multiple of {divisor_key}={divisor}: change one of them")
+
+
+def fill_vocabulary(config: PretrainConfig) -> Tokenizer:
+    """Open the tokenizer and settle model.language_model.text_vocab_size with it. UserError if they disagree."""
+    tokenizer = Tokenizer(config.data.tokenizer)
+    language = config.model.language_model
+    if language.text_vocab_size == 0:
+        language.text_vocab_size = tokenizer.text_vocab_size
+    if language.text_vocab_size != tokenizer.text_vocab_size:
+        raise UserError(
+            f"model.language_model.text_vocab_size={language.text_vocab_size} but data.tokenizer="
+            f"{config.data.tokenizer} has {tokenizer.text_vocab_size} pieces: give the model's own, or 0 to take "
+            "the tokenizer's size"
+        )
+    return tokenizer
+
+
+def check(arguments: list[str]) -> None:
+    """Check a training command line as `python -m trainer.pretrain` would get it (WORLD_SIZE ranks, 1 if unset)."""
+    config = compose_config([argument for argument in arguments if not argument.startswith("-")])
+    validate(config, int(os.environ.get("WORLD_SIZE", "1")))
+    fill_vocabulary(config)
+
+
+if __name__ == "__main__":
+    run_cli(lambda: check(sys.argv[1:]))

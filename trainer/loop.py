@@ -1,0 +1,162 @@
+"""The training loop: fetch, count targets, forward and backward, reduce, step, log, checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from deepspeed import DeepSpeedEngine
+from torch import Tensor
+
+from conf import UserError
+from data_pipelines.document import Batch
+from models.objective import find_targets
+from trainer.config import PretrainConfig
+from trainer.diagnostics import StepSums
+from trainer.schedule import image_weight, lr_factor
+from trainer.state import TrainState
+from trainer.topology import Topology
+
+MODEL_INPUTS = (
+    "input_ids",
+    "document_ids",
+    "position_ids",
+    "images",
+    "image_starts",
+    "document_sources",
+    "document_ok",
+)
+
+
+@dataclass
+class StepCounts:
+    """Counts of one step over all ranks; `digest` tells two steps' samples apart whatever the ranks were."""
+
+    text_targets: int
+    image_targets: int
+    tokens: int
+    images: int
+    digest: int
+
+
+@dataclass
+class StepResult:
+    counts: StepCounts
+    sums: StepSums
+    grad_norm: float
+
+
+def training_step(
+    engine: DeepSpeedEngine, batches: list[Batch], state: TrainState, config: PretrainConfig, topology: Topology
+) -> StepResult:
+    """One optimizer step over the micro-batches of this rank.
+
+    Both losses are sums over targets divided by the global number of targets, so the gradient does not depend on how
+    rows are spread over ranks and micro-batches. DeepSpeed averages over the data-parallel ranks: hence dp_size.
+    """
+    inputs = [_model_inputs(batch, engine.device) for batch in batches]
+    counts = count_step(batches, inputs, config, topology)
+    text_scale = topology.dp_size * config.objective.text_weight / max(1, counts.text_targets)
+    weight = image_weight(state.step, config.objective) * state.variance.factor(config.objective)
+    image_scale = topology.dp_size * weight / max(1, counts.image_targets)
+
+    sums = StepSums()
+    for number, micro_batch in enumerate(inputs, start=1):
+        outputs = engine(**micro_batch, text_scale=text_scale, image_scale=image_scale)
+        # A new tensor: at ZeRO-0 DeepSpeed's hook on the module's own output divides by the accumulation steps anyway.
+        engine.backward(outputs["loss"] * 1.0, scale_wrt_gas=False)
+        sums.add(outputs)
+        if number < len(inputs):
+            engine.step()  # DeepSpeed counts micro-batches here; only the last call updates
+    sums.reduce(topology.dp_group)
+    if not sums.finite():
+        raise _not_finite("loss", state.step + 1)
+    _set_learning_rates(engine, lr_factor(state.step, config.total_steps, config.optim))
+    unwrapped_norm = _norm_without_zero(engine)
+    engine.step()
+    norm = unwrapped_norm if unwrapped_norm is not None else float(engine.get_global_grad_norm())
+    if not math.isfinite(norm):  # ZeRO-0 has spoilt the weights by now, the other stages have left them as they were
+        raise _not_finite("gradient", state.step + 1)
+    state.variance.update(sums)
+    state.step += 1
+    return StepResult(counts, sums, norm)
+
+
+def _not_finite(what: str, step: int) -> UserError:
+    return UserError(
+        f"the {what} of step {step} is not finite: look at the last lines of metrics.jsonl, lower optim.*_lr or "
+        "optim.grad_clip, and go on from the last checkpoint with the same command"
+    )
+
+
+def _norm_without_zero(engine: DeepSpeedEngine) -> float | None:
+    """Gradient norm before clipping at ZeRO-0 in fp32, where DeepSpeed does not keep it; None where it does."""
+    if engine.zero_optimization_stage() > 0 or engine.bfloat16_enabled():
+        return None
+    gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients))
+
+
+def _model_inputs(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    return {name: getattr(batch, name).to(device, non_blocking=True) for name in MODEL_INPUTS}
+
+
+def _set_learning_rates(engine: DeepSpeedEngine, factor: float) -> None:
+    for group in engine.optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+
+
+def count_step(
+    batches: list[Batch], inputs: list[dict[str, Tensor]], config: PretrainConfig, topology: Topology
+) -> StepCounts:
+    """Targets, tokens, images and sample digest of the step, summed over micro-batches and ranks."""
+    local = torch.zeros(5, dtype=torch.int64)
+    for batch, tensors in zip(batches, inputs, strict=True):
+        targets = find_targets(
+            tensors["input_ids"],
+            tensors["document_ids"],
+            tensors["document_ok"],
+            tensors["document_sources"],
+            tensors["image_starts"],
+            config.model.causal_transformer.num_queries,
+            config.model.language_model.text_vocab_size,
+        )
+        local += torch.tensor(
+            [
+                len(targets.text_positions),
+                targets.image_positions.numel(),
+                int((batch.document_ids > 0).sum()),
+                len(batch.images),
+                samples_digest(batch),
+            ]
+        )
+    total = local.to(inputs[0]["input_ids"].device)
+    dist.all_reduce(total, group=topology.dp_group)
+    return StepCounts(*total.tolist())
+
+
+def samples_digest(batch: Batch) -> int:
+    """Sum over rows of a 40-bit hash of their sample keys: the same however rows are spread over ranks."""
+    digests = (hashlib.blake2b(repr(keys).encode(), digest_size=5).digest() for keys in batch.keys)
+    return sum(int.from_bytes(digest, "big") for digest in digests)
+
+
+def fetch(stream: Iterator[Batch], number: int) -> tuple[list[Batch], float]:
+    """The micro-batches of a step, and the seconds that the loop waited for them."""
+    start = time.perf_counter()
+    return [next(stream) for _ in range(number)], time.perf_counter() - start
+
+
+def fill_of(batches: list[Batch], max_images_per_row: int) -> dict[str, float]:
+    """How full the rows are: shares of their positions and of their image places."""
+    positions = sum(batch.document_ids.numel() for batch in batches)
+    rows = sum(len(batch.document_ids) for batch in batches)
+    return {
+        "token_fill": sum(int((batch.document_ids > 0).sum()) for batch in batches) / positions,
+        "image_fill": sum(len(batch.images) for batch in batches) / (rows * max_images_per_row),
+    }

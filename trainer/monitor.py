@@ -1,0 +1,134 @@
+"""What a run tells: a line per step in metrics.jsonl, wandb (offline unless asked otherwise), a line on the console."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import secrets
+from pathlib import Path
+from typing import IO, Any
+
+from trainer.config import MonitorConfig
+
+log = logging.getLogger(__name__)
+RECOVERY = 1.5
+"""A collapse is over at so many times its limit: noise around the limit must not ring at every step."""
+COLLAPSE = (
+    "step %d: collapse alarm, the visual embeddings of different images are alike (spread %.4f): a falling regression "
+    "loss means nothing now; lower the learning rates, or train with objective=from_scratch"
+)
+CONSOLE = ("loss/text", "loss/image", "explained_variance_first", "embedding_spread", "grad_norm")
+
+
+class Monitor:
+    """Rank 0's record of the run. Every line of metrics.jsonl carries (attempt, step); of a step written twice, by two
+    attempts, the later attempt's line counts (`read_metrics`)."""
+
+    def __init__(self, run_dir: Path, config: MonitorConfig, resolved_config: dict[str, Any], attempt: int) -> None:
+        self.config = config
+        self.attempt = attempt
+        self.collapsed = False
+        self.metrics = open_lines(run_dir / "metrics.jsonl")
+        self.events = open_lines(run_dir / "events.jsonl")
+        self.wandb = start_wandb(run_dir, config, resolved_config)
+
+    def start(self, step: int, total_steps: int, world_size: int, device: str) -> None:
+        self.event("start", step, world_size=world_size, device=device)
+        print(f"attempt {self.attempt}: from step {step} of {total_steps} on {world_size} x {device}", flush=True)
+
+    def step(self, step: int, total_steps: int, values: dict[str, Any]) -> None:
+        self.metrics.write(json.dumps({"attempt": self.attempt, "step": step, **values}) + "\n")
+        if "embedding_spread" in values:
+            self.watch_collapse(step, values["embedding_spread"])
+        if step % self.config.log_every_steps:
+            return
+        shown = "  ".join(f"{name} {values[name]:.4f}" for name in CONSOLE if values.get(name) is not None)
+        print(f"step {step}/{total_steps}  {shown}  {values['seconds/step']:.2f} s", flush=True)
+        self.send({name: value for name, value in values.items() if not isinstance(value, list)}, step)
+
+    def send(self, values: dict[str, Any], step: int) -> None:
+        """To wandb, whose failure must not end the run."""
+        if self.wandb is None:
+            return
+        try:
+            self.wandb.log(values, step=step)
+        except Exception as error:
+            log.warning("wandb is off from here on (%s); metrics.jsonl has everything", error)
+            self.wandb = None
+
+    def event(self, kind: str, step: int, **facts: Any) -> None:
+        self.events.write(json.dumps({"attempt": self.attempt, "step": step, "event": kind, **facts}) + "\n")
+
+    def watch_collapse(self, step: int, spread: float) -> None:
+        """One alarm when the embeddings fall together, one message when they are clearly apart again."""
+        limit = self.config.collapse_spread * (RECOVERY if self.collapsed else 1.0)
+        if (spread < limit) == self.collapsed:
+            return
+        self.collapsed = not self.collapsed
+        self.event("collapse" if self.collapsed else "recovery", step, embedding_spread=spread)
+        log.warning(
+            COLLAPSE if self.collapsed else "step %d: the visual embeddings differ again (spread %.4f)", step, spread
+        )
+
+    def close(self) -> None:
+        self.metrics.close()
+        self.events.close()
+        if self.wandb is not None:
+            with contextlib.suppress(Exception):
+                self.wandb.finish()
+
+
+def open_lines(path: Path) -> IO[str]:
+    """Append to a file of lines, on a new line: a kill may have left half of one."""
+    with path.open("a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+    return path.open("a", encoding="utf-8", buffering=1)
+
+
+def start_wandb(run_dir: Path, config: MonitorConfig, resolved_config: dict[str, Any]) -> Any | None:
+    """wandb's handle, the same run id through all attempts; None if it is off or fails: it never stops a run."""
+    if config.wandb == "disabled":
+        return None
+    try:
+        import wandb
+
+        id_file = run_dir / "wandb_id"
+        if not id_file.exists():
+            id_file.write_text(secrets.token_hex(4))
+        return wandb.init(
+            project=config.wandb_project,
+            id=id_file.read_text().strip(),
+            resume="allow" if config.wandb == "online" else None,
+            mode="online" if config.wandb == "online" else "offline",
+            dir=str(run_dir),
+            config=resolved_config,
+            settings=wandb.Settings(silent=True, x_disable_stats=True, init_timeout=60, x_disable_meta=True),
+        )
+    except Exception as error:
+        log.warning("wandb is off for this attempt (%s); metrics.jsonl has everything", error)
+        return None
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The surviving history: one record a step, by step, from the last attempt that reached it."""
+    last: dict[int, dict[str, Any]] = {}
+    for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:  # a line cut by a kill
+            continue
+        if record["attempt"] >= last.get(record["step"], record)["attempt"]:
+            last[record["step"]] = record
+    return [last[step] for step in sorted(last)]
+
+
+def quiet_libraries() -> None:
+    """Keep start-up chatter of libraries off the console; warnings stay."""
+    os.environ.setdefault("WANDB_SILENT", "true")
+    for name in ("DeepSpeed", "deepspeed"):
+        logging.getLogger(name).setLevel(logging.WARNING)

@@ -1,0 +1,172 @@
+"""Pretraining: `python -m trainer.pretrain`, `deepspeed trainer/pretrain.py`, or a launcher that sets RANK, WORLD_SIZE.
+
+Reads top to bottom: main -> train -> training_step (loop.py) -> Emu.forward (models/emu.py).
+"""
+
+from __future__ import annotations
+
+import trainer  # noqa: F401 # quiets the libraries, which run as a script would otherwise import first
+
+# isort: split
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch.distributed as dist
+from deepspeed import DeepSpeedEngine
+from omegaconf import DictConfig
+
+from conf import UserError, run_cli
+from data_pipelines.document import Batch
+from data_pipelines.loader import Loader, fingerprint, open_indexes
+from data_pipelines.tokenizer import Tokenizer
+from models.objective import effective_rank
+from trainer import run_folder
+from trainer.config import CONF_DIR, PretrainConfig, check, fill_vocabulary, register_schemas, to_dataclass, validate
+from trainer.diagnostics import collapse_metrics, loss_metrics
+from trainer.engine import build_engine, init_distributed, set_process_options
+from trainer.loop import StepResult, fetch, fill_of, training_step
+from trainer.monitor import Monitor, quiet_libraries
+from trainer.state import TrainState, due, from_rank_0, resume, sample_counts, save
+from trainer.stop import STOPPED_BY_SIGNAL, StopRequest
+from trainer.topology import Topology
+
+SPEAKING_S = 2.0
+"""So long the other ranks wait for rank 0 to say what is wrong: launchers kill all ranks when one has ended."""
+
+
+def train(config: PretrainConfig) -> int:
+    """Run the job to total_steps, stop_after_step or a signal. Returns the exit code."""
+    tokenizer = fill_vocabulary(config)
+    set_process_options(config.parallel, config.seed)
+    topology = init_distributed(config.parallel)
+    validate(config, topology.dp_size)
+    run_dir = Path(config.run_dir)
+    attempt = from_rank_0(topology, lambda: run_folder.start_attempt(run_dir))
+    stop = StopRequest()  # before the launcher can find this process and signal it
+    run_folder.write_pid(run_dir, topology.rank)
+    monitor = None
+    if topology.rank == 0:
+        run_folder.write_config(run_dir, asdict(config))
+        monitor = Monitor(run_dir, config.monitor, asdict(config), attempt)
+    try:
+        code, reason = run_steps(config, tokenizer, topology, monitor, stop)
+    except (UserError, RuntimeError) as error:
+        # All ranks may find the same, or one rank's end breaks the collectives of the others: one of them says why.
+        first = isinstance(error, UserError) and run_folder.write_exit(run_dir, 2, str(error))
+        if not first and run_folder.has_ended(run_dir):
+            raise SystemExit(2) from error
+        raise
+    finally:
+        if monitor is not None:
+            monitor.close()
+    if topology.rank == 0:
+        run_folder.write_exit(run_dir, code, reason)
+        follow_up = "the same command goes on" if code else f"python -m trainer.export run_dir={run_dir}"
+        print(f"{reason}; run folder {run_dir}; next: {follow_up}", flush=True)
+    dist.barrier()
+    return code
+
+
+def run_steps(
+    config: PretrainConfig, tokenizer: Tokenizer, topology: Topology, monitor: Monitor | None, stop: StopRequest
+) -> tuple[int, str]:
+    """Set up, resume, and step until something says stop: (exit code, reason)."""
+    num_queries = config.model.causal_transformer.num_queries
+    from_rank_0(topology, lambda: bool(open_indexes(config.data, build_missing=True)))
+    indexes = open_indexes(config.data, build_missing=False)
+    order = fingerprint(config.data, indexes, tokenizer, num_queries)
+    engine = build_engine(config, topology)
+    state = resume(config, engine, order, topology)
+    if monitor is not None:
+        run_folder.keep_tokenizer(Path(config.run_dir), Path(config.data.tokenizer))
+        monitor.start(state.step, config.total_steps, topology.world_size, engine.device.type)
+    loader = Loader(
+        config.data,
+        indexes,
+        tokenizer,
+        num_queries=num_queries,
+        image_size=config.model.vision.image_size,
+        dp_rank=topology.dp_rank,
+        dp_size=topology.dp_size,
+        cursors=state.cursors,
+    )
+    stream = iter(loader)
+    first_step, saved_step = state.step, state.step
+    last_step = min(config.total_steps, config.stop_after_step or config.total_steps)
+    while state.step < last_step and not stop.agreed(topology, engine.device):
+        one_step(config, engine, stream, state, topology, monitor, loader.source_names)
+        if due(state.step, config.checkpoint.every_steps) or due(state.step, config.checkpoint.permanent_every_steps):
+            save(config, engine, state, order, topology)
+            saved_step = state.step
+    if saved_step < state.step:
+        save(config, engine, state, order, topology)
+    if state.step < last_step:
+        return STOPPED_BY_SIGNAL, f"stopped by a signal after step {state.step}"
+    return 0, f"trained from step {first_step} to {state.step} of {config.total_steps}"
+
+
+def one_step(
+    config: PretrainConfig,
+    engine: DeepSpeedEngine,
+    stream: Iterator[Batch],
+    state: TrainState,
+    topology: Topology,
+    monitor: Monitor | None,
+    source_names: list[str],
+) -> None:
+    """Fetch, train and record one step."""
+    start = time.perf_counter()
+    batches, waited = fetch(stream, engine.gradient_accumulation_steps())
+    result = training_step(engine, batches, state, config, topology)
+    state.record(batches)
+    timing = {"seconds/step": time.perf_counter() - start, "seconds/data_wait": waited}
+    counts = sample_counts(state, topology) if due(state.step, config.monitor.log_every_steps) else {}
+    if monitor is not None:
+        rates = {f"lr/{g['name']}": g["lr"] for g in engine.optimizer.param_groups if g["weight_decay"]}
+        fill = fill_of(batches, config.data.max_images_per_row)
+        monitor.step(
+            state.step, config.total_steps, {**step_metrics(result, source_names), **rates, **fill, **timing, **counts}
+        )
+
+
+def step_metrics(result: StepResult, source_names: list[str]) -> dict[str, Any]:
+    sample = result.sums.embedding_sample
+    return {
+        **loss_metrics(result.sums, source_names),
+        **collapse_metrics(result.sums),
+        "effective_rank": effective_rank(sample) if sample is not None and len(sample) > 1 else None,
+        "grad_norm": result.grad_norm,
+        **asdict(result.counts),
+    }
+
+
+@hydra.main(config_path=CONF_DIR, config_name="pretrain", version_base="1.3")
+def hydra_main(composed: DictConfig) -> None:
+    run_cli(lambda: train(to_dataclass(composed)))
+
+
+def main() -> None:
+    quiet_libraries()
+    # The bare DeepSpeed launcher adds --local_rank, which Hydra does not know; the environment says it as well.
+    sys.argv = [argument for argument in sys.argv if not argument.startswith("--local_rank")]
+    if not any(argument.startswith("-") for argument in sys.argv[1:]):
+        try:
+            check(sys.argv[1:])
+        except UserError:
+            if int(os.environ.get("RANK", "0")) > 0:  # every rank finds the same: one sentence is enough
+                time.sleep(SPEAKING_S)
+                sys.exit(2)
+            raise
+    register_schemas()
+    hydra_main()
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,92 @@
+"""The run folder: who owns it, which attempt this is, and how the run ended.
+
+<run>/config.yaml      the resolved configuration of the newest attempt
+<run>/attempt          number of starts so far
+<run>/tokenizer.model  the tokenizer that the model was trained with
+<run>/lock             held while a run writes here
+<run>/pids/            process numbers of the ranks, for the launcher's signals
+<run>/exit.json        {"code", "reason"} of the newest attempt
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+from pathlib import Path
+from typing import IO, Any
+
+from omegaconf import OmegaConf
+
+from conf import UserError
+
+TOKENIZER = "tokenizer.model"
+_held: list[IO[str]] = []
+"""Lock files of this process: closing one, or the end of the process, lets its folder go."""
+
+
+def start_attempt(run_dir: Path) -> int:
+    """Take the folder for this process and return the number of this start, from 1. UserError if it is in use."""
+    _held.append(claim(run_dir))
+    path = run_dir / "attempt"
+    number = int(path.read_text()) + 1 if path.exists() else 1
+    path.write_text(f"{number}\n")
+    (run_dir / "exit.json").unlink(missing_ok=True)  # it told of the attempt before
+    return number
+
+
+def release() -> None:
+    """Let go of every folder taken by `start_attempt` (for processes that run several jobs)."""
+    while _held:
+        _held.pop().close()
+
+
+def claim(run_dir: Path) -> IO[str]:
+    """Take the folder's lock; it is let go when the returned file closes or the process ends, however it ends."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = (run_dir / "lock").open("a+")
+    except OSError as error:
+        raise UserError(f"run_dir={run_dir} cannot be written ({error.strerror}): choose another folder") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.seek(0)
+        owner = lock.read().strip() or "another process"
+        raise UserError(f"run_dir={run_dir} is in use by {owner}: stop that run or choose another folder") from error
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    lock.flush()
+    return lock
+
+
+def write_config(run_dir: Path, resolved: dict[str, Any]) -> None:
+    OmegaConf.save(OmegaConf.create(resolved), run_dir / "config.yaml")
+
+
+def keep_tokenizer(run_dir: Path, tokenizer: Path) -> None:
+    """Copy the tokenizer into the run, which is useless without it."""
+    if tokenizer.resolve() != (run_dir / TOKENIZER).resolve():
+        shutil.copyfile(tokenizer, run_dir / TOKENIZER)
+
+
+def write_pid(run_dir: Path, rank: int) -> None:
+    folder = run_dir / "pids"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"rank-{rank:05d}.pid").write_text(f"{os.getpid()}\n")
+
+
+def write_exit(run_dir: Path, code: int, reason: str) -> bool:
+    """Tell how the attempt ended. False if another rank has told before: its word stands."""
+    try:
+        with (run_dir / "exit.json").open("x") as file:
+            file.write(json.dumps({"code": code, "reason": reason}) + "\n")
+    except FileExistsError:
+        return False
+    return True
+
+
+def has_ended(run_dir: Path) -> bool:
+    return (run_dir / "exit.json").exists()

@@ -1,0 +1,157 @@
+"""The state of a run beside weights and optimizer: made, saved into checkpoints, and brought back from them."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from deepspeed import DeepSpeedEngine
+
+from conf import UserError
+from data_pipelines.document import Batch, Cursor
+from trainer.checkpoint import find_latest, load_checkpoint, prune, read_rank_state, read_state, save_checkpoint
+from trainer.config import CheckpointConfig, PretrainConfig
+from trainer.diagnostics import TargetVariance
+from trainer.topology import Topology
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@dataclass
+class TrainState:
+    """Steps done, where each lane of this rank goes on, the objective's memory, and what this rank has trained on.
+
+    samples: documents by source. skips: samples passed over, by (source, reason).
+    """
+
+    step: int = 0
+    cursors: dict[int, Cursor] = field(default_factory=dict)
+    variance: TargetVariance = field(default_factory=TargetVariance)
+    samples: Counter[str] = field(default_factory=Counter)
+    skips: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    def record(self, batches: list[Batch]) -> None:
+        """Move the lanes on to what has now been *trained*; prefetched rows do not count."""
+        for batch in batches:
+            self.cursors.update(batch.cursors)
+            self.samples.update(key.source for row in batch.keys for key in row)
+            self.skips.update(batch.skips)
+
+
+def from_rank_0(topology: Topology, action: Callable[[], T]) -> T:
+    """Run `action` on rank 0 and give its result to all ranks. Its UserError ends the others silently: one sentence."""
+    box: list[Any] = [None, None]
+    if topology.rank == 0:
+        try:
+            box[0] = action()
+        except UserError as error:
+            box[1] = error
+    if topology.world_size > 1:
+        dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise box[1] if topology.rank == 0 else SystemExit(2)
+    return box[0]
+
+
+def sample_counts(state: TrainState, topology: Topology) -> dict[str, dict[str, int]]:
+    """`samples` by source and `skips` by "source: reason" since the run began, over all ranks. Collective."""
+    counters: list[Any] = [(state.samples, state.skips)]
+    if topology.dp_size > 1:
+        counters = [None] * topology.dp_size
+        dist.all_gather_object(counters, (state.samples, state.skips), group=topology.dp_group)
+    samples: Counter[str] = sum((of_rank for of_rank, _ in counters), Counter())
+    skips: Counter[tuple[str, str]] = sum((of_rank for _, of_rank in counters), Counter())
+    return {
+        "samples": dict(sorted(samples.items())),
+        "skips": {f"{source}: {reason}": count for (source, reason), count in sorted(skips.items())},
+    }
+
+
+def save(
+    config: PretrainConfig,
+    engine: DeepSpeedEngine,
+    state: TrainState,
+    order: dict[str, str],
+    topology: Topology,
+) -> Path:
+    """Write a checkpoint of `state` and remove rolling ones beyond checkpoint.keep. Collective."""
+    cursors: list[Any] = [state.cursors]
+    if topology.dp_size > 1:
+        cursors = [None] * topology.dp_size
+        dist.all_gather_object(cursors, state.cursors, group=topology.dp_group)
+    lanes = {lane: cursor for of_rank in cursors for lane, cursor in of_rank.items()}
+    shared = {
+        "cursors": {str(lane): [c.window, c.row, c.sources] for lane, c in sorted(lanes.items())},
+        "target_variance": state.variance.value,
+        **sample_counts(state, topology),
+        "order": order,
+        "config": asdict(config),
+    }
+    permanent = due(state.step, config.checkpoint.permanent_every_steps)
+    own = {"torch_rng": torch.get_rng_state().numpy().tobytes().hex()}
+    path = save_checkpoint(Path(config.run_dir), engine, topology, state.step, shared, own, permanent)
+    from_rank_0(topology, lambda: prune(Path(config.run_dir), config.checkpoint.keep))
+    return path
+
+
+def due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def resume(config: PretrainConfig, engine: DeepSpeedEngine, order: dict[str, str], topology: Topology) -> TrainState:
+    """State of the run folder's newest whole checkpoint, weights and optimizer put into `engine`; or a new state."""
+    path = from_rank_0(topology, lambda: find_latest(Path(config.run_dir)))
+    if path is None:
+        return TrainState()
+    if config.checkpoint.resume == "never":
+        raise UserError(
+            f"run_dir={config.run_dir} has checkpoints and checkpoint.resume=never: choose another folder, or "
+            f"checkpoint.resume=auto to go on"
+        )
+    saved = read_state(path)
+    _check_order(path, saved.state["order"], order, config.checkpoint)
+    load_checkpoint(path, engine, topology)
+    own = read_rank_state(path, topology)
+    if own is not None:
+        torch.set_rng_state(torch.frombuffer(bytearray.fromhex(own["torch_rng"]), dtype=torch.uint8))
+    return _restore(saved.step, saved.state, topology)
+
+
+def _restore(step: int, saved: dict[str, Any], topology: Topology) -> TrainState:
+    cursors = {
+        int(lane): Cursor(window, row, tuple((q, offset) for q, offset in sources))
+        for lane, (window, row, sources) in saved["cursors"].items()
+    }
+    samples: Counter[str] = Counter()
+    skips: Counter[tuple[str, str]] = Counter()
+    if topology.rank == 0:
+        samples.update(saved["samples"])
+        for name, count in saved["skips"].items():
+            source, _, reason = name.partition(": ")
+            skips[source, reason] = count
+    own_lanes = len(cursors) // topology.dp_size
+    first = topology.dp_rank * own_lanes
+    mine = {lane: cursors[lane] for lane in range(first, first + own_lanes)}
+    return TrainState(step, mine, TargetVariance(saved["target_variance"]), samples, skips)
+
+
+def _check_order(path: Path, saved: dict[str, str], now: dict[str, str], config: CheckpointConfig) -> None:
+    changed = [
+        f"{key} was {saved.get(key, 'absent')} and is {now.get(key, 'absent')}"
+        for key in sorted(saved.keys() | now.keys())
+        if saved.get(key) != now.get(key)
+    ]
+    if changed and not config.allow_changes:
+        raise UserError(
+            f"{path} was written with another data order ({'; '.join(changed[:4])}): restore these settings, choose "
+            f"another run_dir, or set checkpoint.allow_changes=true"
+        )
+    if changed:
+        log.warning("the data order changes at this point of the run: %s", "; ".join(changed))

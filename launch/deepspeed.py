@@ -1,0 +1,211 @@
+"""Start a job on this machine with the DeepSpeed launcher, one process per device, and end it in order.
+
+    python -m launch.deepspeed --num-procs 8 --run-dir outputs/run -- +experiment=emu_7b optim.lr_scale=0.5
+
+Bare `deepspeed` leaves orphans or kills loader workers when it is told to stop. Here a TERM, INT or USR1 goes to the
+ranks alone (they write their process ids into the run folder), which then have a grace period to save a checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from conf import UserError, run_cli
+from trainer import run_folder
+
+TRAINING_MODULE = "trainer.pretrain"
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+POLL_S = 0.1
+
+
+@dataclass
+class Job:
+    """What to start. grace_s: seconds from a stop signal until whatever still runs is killed."""
+
+    num_procs: int
+    run_dir: Path
+    module: str = TRAINING_MODULE
+    grace_s: float = 300.0
+    overrides: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.num_procs < 1:
+            raise UserError(f"--num-procs is {self.num_procs}: give the number of devices to use, at least 1")
+        if self.grace_s < 0:
+            raise UserError(f"--grace-s is {self.grace_s:g}: give the seconds to wait after a stop signal, at least 0")
+
+
+class StopRequest:
+    """Remembers the latest stop signal and when the first came; installed for the life of the command."""
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self.since = 0.0
+        self.count = 0
+        for signum in STOP_SIGNALS:
+            signal.signal(signum, self._remember)
+
+    def _remember(self, signum: int, frame: object) -> None:
+        self.since = self.since or time.monotonic()
+        self.signum = signum
+        self.count += 1
+
+
+def read_rank_pids(run_dir: Path) -> list[int]:
+    """Process ids that the ranks have written so far (`pids/rank-*.pid`)."""
+    pids = []
+    for path in sorted((run_dir / "pids").glob("rank-*.pid")):
+        text = path.read_text().strip()
+        if text.isdigit():  # a file may be seen before its content
+            pids.append(int(text))
+    return pids
+
+
+def prepare_run_dir(run_dir: Path) -> None:
+    """Make the folder, refuse one that is in use, and drop what an earlier attempt said about its end."""
+    run_folder.claim(run_dir).close()
+    for stale in [run_dir / "exit.json", *(run_dir / "pids").glob("rank-*.pid")]:
+        stale.unlink(missing_ok=True)
+
+
+def validate_config(job: Job) -> int:
+    """Exit code of the trainer's own check, which imports no torch and so takes a second, not a start of all ranks."""
+    if job.module != TRAINING_MODULE:
+        return 0
+    return subprocess.run(
+        [sys.executable, "-m", "trainer.config", *_module_args(job)], stdout=subprocess.DEVNULL
+    ).returncode
+
+
+def _module_args(job: Job) -> list[str]:
+    return [f"run_dir={job.run_dir}", *job.overrides]
+
+
+def launcher_command(job: Job, visible_devices: str, port: int) -> list[str]:
+    """The DeepSpeed command line.
+
+    visible_devices: CUDA_VISIBLE_DEVICES, which DeepSpeed overrules as soon as it is given a number of devices.
+    """
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile=", f"--master_port={port}"]
+    devices = [device.strip() for device in visible_devices.split(",")]
+    if all(device.isdigit() for device in devices):
+        if len(devices) < job.num_procs:
+            raise UserError(
+                f"--num-procs is {job.num_procs} but CUDA_VISIBLE_DEVICES={visible_devices} shows {len(devices)} "
+                f"devices: lower the one or widen the other."
+            )
+        command.append(f"--include=localhost:{','.join(devices[: job.num_procs])}")
+    else:
+        command.append(f"--num_gpus={job.num_procs}")
+    return [*command, "--no_local_rank", "--module", job.module, *_module_args(job)]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def launcher_env(num_procs: int) -> dict[str, str]:
+    """The caller's environment; ranks share the cores, and stop by themselves when EMU_LAUNCHER_PID is gone."""
+    threads = max(1, (os.cpu_count() or 1) // num_procs)
+    return {"OMP_NUM_THREADS": str(threads), **os.environ, "EMU_LAUNCHER_PID": str(os.getpid())}
+
+
+def signal_ranks(run_dir: Path, session: int, signum: int, done: set[int]) -> None:
+    """Send `signum` once to every rank that is not in `done`; pid files of other sessions are not ours."""
+    for pid in read_rank_pids(run_dir):
+        try:
+            if pid not in done and os.getsid(pid) == session:
+                os.kill(pid, signum)
+                done.add(pid)
+        except ProcessLookupError:
+            done.add(pid)
+
+
+def supervise(launcher: subprocess.Popen[bytes], job: Job, stop: StopRequest) -> int:
+    """Wait for the launcher, pass stop signals on, and leave nothing running. Returns the launcher's exit code.
+
+    The launcher leads a session of its own: a Ctrl-C of the terminal does not reach the ranks past this process.
+    Ranks that start after the signal get it as soon as their pid file appears.
+    """
+    handled, done = 0, set[int]()
+    while launcher.poll() is None:
+        if stop.signum is not None:
+            if stop.count != handled:
+                handled, done = stop.count, set()
+                print(f"{signal.Signals(stop.signum).name}: up to {job.grace_s:g} s for the ranks to stop", flush=True)
+            signal_ranks(job.run_dir, launcher.pid, stop.signum, done)
+            if time.monotonic() - stop.since > job.grace_s:
+                break
+        time.sleep(POLL_S)
+    _kill_session(launcher.pid)
+    return launcher.wait()
+
+
+def _kill_session(session: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(session, signal.SIGKILL)
+
+
+def read_exit(run_dir: Path, launcher_code: int, stop_requested: bool) -> tuple[int, str]:
+    """(code, reason) that rank 0 wrote to `exit.json`, else the launcher's own code (128 + n after signal n).
+
+    When a rank crashes, DeepSpeed tells the others to stop, and rank 0 may report an orderly stop: where nobody asked
+    for one, the code of the crash counts.
+    """
+    if launcher_code < 0:
+        launcher_code = 128 - launcher_code
+    try:
+        record = json.loads((run_dir / "exit.json").read_text())
+        code, reason = int(record["code"]), str(record["reason"])
+    except FileNotFoundError:
+        return launcher_code, "no exit.json: the job ended before it could say why"
+    except (ValueError, KeyError, TypeError):
+        return launcher_code or 1, "exit.json cannot be read"
+    if code and launcher_code not in (0, code) and not stop_requested:
+        return launcher_code, f"a rank failed; rank 0 then said: {reason}"
+    return code, reason
+
+
+def run(job: Job) -> int:
+    """Run the job to its end; returns the exit code for the shell."""
+    code = validate_config(job)
+    if code:
+        return code
+    command = launcher_command(job, os.environ.get("CUDA_VISIBLE_DEVICES", ""), free_port())
+    stop = StopRequest()
+    prepare_run_dir(job.run_dir)
+    launcher = subprocess.Popen(command, env=launcher_env(job.num_procs), start_new_session=True)
+    code, reason = read_exit(job.run_dir, supervise(launcher, job, stop), stop.signum is not None)
+    follow_up = "" if code in (0, 2) else "; the same command goes on from the last checkpoint"
+    print(f"{job.module} ended with code {code} ({reason}): {job.run_dir}{follow_up}", flush=True)
+    return code
+
+
+def parse_args(argv: list[str] | None = None) -> Job:
+    parser = argparse.ArgumentParser(prog="python -m launch.deepspeed", description=__doc__.splitlines()[0])
+    parser.add_argument("--num-procs", type=int, required=True, help="processes to start, one per device")
+    parser.add_argument("--run-dir", type=Path, required=True, help="run folder; an interrupted run there goes on")
+    parser.add_argument("--module", default=TRAINING_MODULE, help="what each process runs (default: %(default)s)")
+    parser.add_argument("--grace-s", type=float, default=300.0, help="seconds from stop signal to kill (%(default)s)")
+    parser.add_argument("overrides", nargs="*", help="hydra overrides, after --")
+    return Job(**vars(parser.parse_args(argv)))
+
+
+def main() -> int:
+    return run(parse_args())
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,323 @@
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conf import UserError
+from data_pipelines.config import DataConfig, SourceConfig
+from data_pipelines.document import Batch, Cursor
+from data_pipelines.index import Index, open_index
+from data_pipelines.loader import Loader, fingerprint, holdout_documents, index_path, open_indexes
+from data_pipelines.tokenizer import Tokenizer
+from tests.data_pipelines.corpora import IMAGE_SIZE, NUM_QUERIES
+
+NUM_ROWS = 24
+Row = tuple[Any, ...]
+
+
+def make_loader(config: DataConfig, rank: int = 0, dp: int = 1, cursors: dict[int, Cursor] | None = None) -> Loader:
+    return Loader(
+        config,
+        open_indexes(config, build_missing=False),
+        Tokenizer(config.tokenizer),
+        num_queries=NUM_QUERIES,
+        image_size=IMAGE_SIZE,
+        dp_rank=rank,
+        dp_size=dp,
+        cursors=cursors,
+    )
+
+
+def rows_of(batch: Batch) -> list[Row]:
+    """Everything that is to be the same for every split."""
+    rows = []
+    for r, keys in enumerate(batch.keys):
+        images = batch.images[batch.image_starts[:, 0] == r]
+        starts = batch.image_starts[batch.image_starts[:, 0] == r, 1]
+        ok = batch.document_ok[r, : len(keys)]
+        parts = (batch.input_ids[r], batch.document_ids[r], batch.position_ids[r], starts, ok, images)
+        rows.append((keys, *(part.numpy().tobytes() for part in parts)))
+    return rows
+
+
+def global_batches(
+    config: DataConfig, dp: int, num_steps: int, cursors: dict[int, Cursor] | None = None
+) -> Iterator[tuple[list[Row], dict[int, Cursor]]]:
+    """Steps of a run: the rows of all ranks, round by round in lane order, and the cursors after the step."""
+    ranks = [iter(make_loader(config, rank, dp, cursors)) for rank in range(dp)]
+    num_batches = config.global_batch_rows // dp // config.micro_batch_rows
+    lanes_per_rank = config.lanes // dp
+    for _ in range(num_steps):
+        slots: list[tuple[int, int, Row]] = []
+        after: dict[int, Cursor] = {}
+        for number, rank in enumerate(ranks):
+            batches = [next(rank) for _ in range(num_batches)]
+            for slot, row in enumerate(row for batch in batches for row in rows_of(batch)):
+                slots.append((slot // lanes_per_rank, number * lanes_per_rank + slot % lanes_per_rank, row))
+            for batch in batches:
+                after.update(batch.cursors)
+        yield [row for _, _, row in sorted(slots, key=lambda slot: slot[:2])], after
+
+
+def run_rows(
+    config: DataConfig, dp: int, cursors: dict[int, Cursor] | None = None, num_rows: int = NUM_ROWS
+) -> list[Row]:
+    steps = global_batches(config, dp, num_rows // config.global_batch_rows, cursors)
+    return [row for rows, _ in steps for row in rows]
+
+
+@pytest.fixture(scope="module")
+def reference(small_config: DataConfig) -> list[Row]:
+    return run_rows(small_config, dp=1)
+
+
+@st.composite
+def splits(draw: st.DrawFn) -> tuple[int, int, int]:
+    """dp, rows a step, rows a micro-batch; 4 lanes."""
+    dp = draw(st.sampled_from([1, 2, 4]))
+    global_rows = draw(st.sampled_from([4, 12]))
+    divisors = [b for b in range(1, global_rows // dp + 1) if global_rows // dp % b == 0]
+    return dp, global_rows, draw(st.sampled_from(divisors))
+
+
+def split_config(config: DataConfig, split: tuple[int, int, int], **changes: Any) -> DataConfig:
+    return dataclasses.replace(config, global_batch_rows=split[1], micro_batch_rows=split[2], **changes)
+
+
+@settings(max_examples=8, deadline=None)
+@given(splits())
+def test_global_batches_do_not_depend_on_the_split(
+    small_config: DataConfig, reference: list[Row], split: tuple[int, int, int]
+) -> None:
+    assert run_rows(split_config(small_config, split), dp=split[0]) == reference
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize(("split", "workers"), [((1, 8, 2), 3), ((2, 12, 3), 1)])
+def test_global_batches_do_not_depend_on_the_workers(
+    small_config: DataConfig, reference: list[Row], split: tuple[int, int, int], workers: int
+) -> None:
+    config = split_config(small_config, split, num_workers=workers, prefetch_rows=3)
+    assert run_rows(config, dp=split[0]) == reference
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_shares_of_tokens_depend_on_no_split(small_config: DataConfig, reference: list[Row]) -> None:
+    config = dataclasses.replace(small_config, weight_unit="tokens")
+    expected = run_rows(config, dp=1)
+    assert expected != reference
+    assert run_rows(split_config(config, (2, 12, 3), num_workers=1, prefetch_rows=3, buffer_mb=0), dp=2) == expected
+    (_, cursors), *_ = global_batches(split_config(config, (4, 12, 1)), 4, 1)
+    assert run_rows(split_config(config, (1, 4, 2), num_workers=3), 1, cursors, num_rows=12) == expected[12:]
+
+
+@settings(max_examples=8, deadline=None)
+@given(splits(), splits(), st.integers(1, 3))
+def test_resume_at_any_step_with_another_split(
+    small_config: DataConfig,
+    reference: list[Row],
+    before: tuple[int, int, int],
+    after: tuple[int, int, int],
+    killed_after: int,
+) -> None:
+    num_steps = min(killed_after, 12 // before[1])
+    cursors: dict[int, Cursor] = {}
+    num_rows = 0
+    for rows, step_cursors in global_batches(split_config(small_config, before), before[0], num_steps):
+        cursors.update(step_cursors)
+        num_rows += len(rows)
+    assert set(cursors) == {0, 1, 2, 3}
+    resumed = run_rows(split_config(small_config, after), after[0], cursors, num_rows=12)
+    assert resumed == reference[num_rows : num_rows + 12]
+
+
+def test_what_was_prefetched_and_not_trained_comes_again(small_config: DataConfig, reference: list[Row]) -> None:
+    config = dataclasses.replace(small_config, num_workers=2, prefetch_rows=16)
+    (_, cursors), *_ = list(global_batches(config, 1, 1))
+    assert run_rows(config, 1, cursors, num_rows=8) == reference[8:16]
+
+
+def test_seeds_and_lanes_change_the_order(small_config: DataConfig, reference: list[Row]) -> None:
+    for change in ({"seed": 1}, {"lanes": 2}, {"window_rows": 7}):
+        assert run_rows(dataclasses.replace(small_config, **change), dp=1) != reference
+
+
+def test_a_tiny_buffer_changes_nothing(small_config: DataConfig, reference: list[Row]) -> None:
+    assert run_rows(dataclasses.replace(small_config, buffer_mb=0), dp=1, num_rows=16) == reference[:16]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_users_error_in_a_worker_stays_one_sentence(small_config: DataConfig, workers: int) -> None:
+    source = dataclasses.replace(small_config.sources["words"], holdout=1.0)
+    config = dataclasses.replace(small_config, sources={"words": source}, num_workers=workers)
+    others = set(children_of(os.getpid()))
+    with pytest.raises(UserError, match=r"^the source 'words' gave no document[^\n]*$"):
+        next(iter(make_loader(config)))
+    assert wait_until_gone(set(children_of(os.getpid())) - others), "the traceback must not keep the workers"
+
+
+def test_workers_answer_no_signal_and_end_with_the_loader(small_config: DataConfig, reference: list[Row]) -> None:
+    others = set(children_of(os.getpid()))
+    batches = iter(make_loader(dataclasses.replace(small_config, num_workers=2, prefetch_rows=2)))
+    rows = rows_of(next(batches))
+    workers = set(children_of(os.getpid())) - others
+    assert len(workers) == 2
+    for worker, number in itertools.product(workers, (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)):
+        os.kill(worker, number)
+    rows += [row for batch in itertools.islice(batches, 11) for row in rows_of(batch)]
+    assert rows == reference[:12]
+    del batches
+    assert wait_until_gone(workers)
+
+
+RANK = """
+import pickle, sys, time
+from pathlib import Path
+from data_pipelines.lane import Lane
+from tests.data_pipelines.test_loader import make_loader
+
+def fill_for_ever(lane):
+    print("busy", flush=True)
+    time.sleep(100)
+
+if {busy}:
+    Lane.next_row = fill_for_ever
+batches = iter(make_loader(pickle.loads(Path(sys.argv[1]).read_bytes())))
+next(batches)
+print("ready", flush=True)
+"""
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_workers_end_with_their_rank(small_config: DataConfig, tmp_path: Path, busy: bool) -> None:
+    """At its own end with the iterator still open; killed while the workers are at work."""
+    (tmp_path / "config").write_bytes(pickle.dumps(dataclasses.replace(small_config, num_workers=2)))
+    command = [sys.executable, "-c", RANK.format(busy=busy), tmp_path / "config"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as rank:
+        assert rank.stdout is not None
+        assert rank.stdout.readline() == ("busy\n" if busy else "ready\n")
+        workers = children_of(rank.pid)
+        if busy:
+            assert len(workers) == 2
+            rank.kill()
+        assert rank.wait(timeout=30) == (-signal.SIGKILL if busy else 0)
+    assert wait_until_gone(workers)
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def wait_until_gone(pids: Iterable[int], seconds: float = 20.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if not any(is_running(pid) for pid in pids):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_indexes_are_built_once_and_only_where_allowed(small_config: DataConfig, tmp_path: Path) -> None:
+    config = dataclasses.replace(small_config, index_dir=str(tmp_path / "indexes"))
+    with pytest.raises(UserError, match="no index of a corpus"):
+        open_indexes(config, build_missing=False)
+    built = open_indexes(config, build_missing=True)
+    assert [index.num_samples for index in built.values()] == [43, 25]
+    header = index_path(config, "words") / "index.json"
+    written = header.stat().st_mtime_ns
+    assert open_indexes(config, build_missing=True)["words"].fingerprint == built["words"].fingerprint
+    assert header.stat().st_mtime_ns == written
+    assert index_path(config, "words") != index_path(dataclasses.replace(config, chunk_samples=3), "words")
+
+
+def test_sources_without_weight_stay_closed(small_config: DataConfig) -> None:
+    missing = SourceConfig(kind="pairs", shards="missing-*.tar", weight=0.0)
+    config = dataclasses.replace(small_config, sources={"off": missing, **small_config.sources})
+    assert list(open_indexes(config, build_missing=True)) == ["pictures", "words"]
+
+
+def test_fingerprint_tells_what_changed(small_config: DataConfig, tokenizer: Tokenizer) -> None:
+    indexes = open_indexes(small_config, build_missing=False)
+    before = fingerprint(small_config, indexes, tokenizer, NUM_QUERIES)
+
+    def changed(config: DataConfig, indexes: dict[str, Index] = indexes, num_queries: int = NUM_QUERIES) -> set[str]:
+        after = fingerprint(config, indexes, tokenizer, num_queries)
+        return {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+
+    words = small_config.sources["words"]
+    other_words = {**small_config.sources, "words": dataclasses.replace(words, weight=2.0)}
+    assert all(isinstance(value, str) for value in before.values())
+    for free in ("num_workers", "micro_batch_rows", "global_batch_rows", "buffer_mb", "index_dir", "prefetch_rows"):
+        assert changed(dataclasses.replace(small_config, **{free: 77})) == set()
+    assert changed(dataclasses.replace(small_config, seed=5)) == {"data.seed"}
+    assert changed(dataclasses.replace(small_config, weight_unit="tokens")) == {"data.weight_unit"}
+    assert changed(dataclasses.replace(small_config, sources=other_words)) == {"data.sources.words.weight"}
+    assert changed(small_config, num_queries=9) == {"model.causal_transformer.num_queries"}
+    assert changed(small_config, dict(reversed(indexes.items()))) == {"data.sources"}
+    assert changed(small_config, {**indexes, "words": indexes["pictures"]}) == {"data.sources.words.index"}
+
+
+def test_holdout_is_what_training_never_sees(small_config: DataConfig, reference: list[Row]) -> None:
+    index = open_index(index_path(small_config, "pictures"))
+    held_out = [key for key, _ in holdout_documents(small_config, index, "pictures")]
+    assert held_out == sorted(held_out)
+    assert 0 < len(held_out) < 15
+    trained = {key for keys, *_ in reference for key in keys if key.source == "pictures"}
+    assert not trained & set(held_out)
+    assert len(trained) > 15
+    nothing = open_index(index_path(small_config, "words"))
+    assert list(holdout_documents(small_config, nothing, "words")) == []
+
+
+def test_real_corpora_of_other_tools(real_data: Path, tmp_path: Path) -> None:
+    sources = {
+        "laion": SourceConfig("laion", f"{real_data}/laion/*.tar", weight=4.0),
+        "laion_coco": SourceConfig("laion", f"{real_data}/laion_coco/*.tar", weight=2.0),
+        "mmc4": SourceConfig("mmc4", f"{real_data}/mmc4/*.tar", weight=2.0),
+        "webvid": SourceConfig("webvid", f"{real_data}/webvid/*.tar", weight=0.5),
+        "storyboard": SourceConfig("storyboard", f"{real_data}/yt_storyboard/*.tar", weight=0.5),
+        "corrupt": SourceConfig("laion", f"{real_data}/corrupt/*.tar", weight=2.0),
+    }
+    config = DataConfig(
+        sources,
+        str(real_data / "tokenizer" / "tokenizer.model"),
+        str(tmp_path / "index"),
+        seq_len=512,
+        max_images_per_row=12,
+        global_batch_rows=8,
+        lanes=2,
+        window_rows=8,
+        num_workers=0,
+    )
+    open_indexes(config, build_missing=True)
+    seen: Counter[str] = Counter()
+    skips: Counter[tuple[str, str]] = Counter()
+    for batch in itertools.islice(make_loader(config), 24):
+        seen.update(key.source for keys in batch.keys for key in keys)
+        skips.update(batch.skips)
+        assert batch.images.dtype == torch.uint8
+        assert len(batch.images) == len(batch.image_starts)
+    assert set(seen) == set(sources)
+    assert {source for source, _ in skips} >= {"webvid", "corrupt"}

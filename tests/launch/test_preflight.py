@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from packaging.requirements import Requirement
+
+from conf import UserError
+from data_pipelines.config import DataConfig, SourceConfig
+from launch import preflight
+from models.config import ModelConfig
+from trainer import run_folder
+from trainer.config import PretrainConfig
+
+
+def write_shard(path: Path) -> None:
+    with tarfile.open(path, "w") as tar:
+        member = tarfile.TarInfo("000.txt")
+        member.size = 1
+        tar.addfile(member, io.BytesIO(b"x"))
+
+
+def write_tokenizer(path: Path) -> None:
+    with path.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["a red circle", "a blue square"]),
+            model_writer=file,
+            vocab_size=24,
+            hard_vocab_limit=False,
+            minloglevel=2,
+        )
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PretrainConfig:
+    """A small valid configuration on real files, which is what preflight composes."""
+    write_shard(tmp_path / "0.tar")
+    write_tokenizer(tmp_path / "tokenizer.model")
+    data = DataConfig(
+        sources={"pairs": SourceConfig(kind="pairs", shards=str(tmp_path / "*.tar"))},
+        tokenizer=str(tmp_path / "tokenizer.model"),
+        global_batch_rows=8,
+        lanes=4,
+    )
+    config = PretrainConfig(run_dir=str(tmp_path / "run"), model=ModelConfig(name="small"), data=data)
+    config.model.language_model.text_vocab_size = 0
+    config.model.language_model.num_layers = config.model.vision.num_layers = 1
+    config.checkpoint.keep = 1
+    monkeypatch.setattr(preflight, "compose_config", lambda overrides: config)
+    return config
+
+
+def statuses(config: PretrainConfig, num_procs: int = 1) -> dict[str, str]:
+    checks = preflight.run_checks(Path(config.run_dir), num_procs, [])
+    assert all(bool(check.mend) is (check.status != "ok") for check in checks)
+    return {check.name: check.status for check in checks}
+
+
+def test_a_valid_job_passes_and_leaves_nothing_behind(config: PretrainConfig) -> None:
+    assert "fail" not in {status for name, status in statuses(config).items() if name != "shared memory"}
+    assert not Path(config.run_dir).exists()
+
+
+def test_what_is_missing_or_impossible_fails(config: PretrainConfig, tmp_path: Path) -> None:
+    config.data.sources["gone"] = SourceConfig(kind="pairs", shards=str(tmp_path / "gone-*.tar"))
+    config.data.tokenizer = str(tmp_path / "gone.model")
+    found = statuses(config, num_procs=3)
+    assert found["source pairs"] == "ok"
+    assert found["source gone"] == "fail"
+    assert found["tokenizer"] == "fail"
+    assert found["configuration"] == "fail"  # 4 lanes cannot be shared by 3 ranks
+
+
+def test_run_folder_in_use_fails(config: PretrainConfig) -> None:
+    lock = run_folder.claim(Path(config.run_dir))
+    assert statuses(config)["run folder"] == "fail"
+    lock.close()
+    assert statuses(config)["run folder"] == "ok"
+
+
+def test_configuration_that_cannot_be_composed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(overrides: list[str]) -> PretrainConfig:
+        raise UserError("no key data.lane: see all keys")
+
+    monkeypatch.setattr(preflight, "compose_config", refuse)
+    checks = preflight.run_checks(tmp_path, 1, ["data.lane=1"])
+    assert (checks[-1].name, checks[-1].status) == ("configuration", "fail")
+    assert "data.lane" in checks[-1].detail
+
+
+def test_disk_counts_twelve_bytes_a_parameter_and_the_checkpoint_being_written(config: PretrainConfig) -> None:
+    config.checkpoint.keep = 10**9
+    check = preflight.check_disk(config)
+    assert check.status == "fail"
+    assert "checkpoint.keep" in check.mend
+
+
+def test_package_versions() -> None:
+    assert preflight.version_problem(Requirement("pytest>=1")) == ""
+    assert "is not <1" in preflight.version_problem(Requirement("pytest<1"))
+    assert preflight.version_problem(Requirement("no-such-distribution")) == "no-such-distribution is missing"
+
+
+def test_shared_memory_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = type("usage", (), {"free": 64e6})
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: usage)
+    assert preflight.check_shared_memory(tmp_path).status == "fail"

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conf import UserError
+from launch.slurm import PREEMPTED_CODE, SlurmJob, parse_args, render_script, submit, write_script
+from trainer.stop import STOPPED_BY_SIGNAL
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def make_job(folder: Path, **changes: object) -> SlurmJob:
+    values: dict[str, object] = {"nodes": 2, "gpus_per_node": 8, "time": "48:00:00", "run_dir": folder}
+    return SlurmJob(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def bash_accepts(script: str) -> bool:
+    return subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"partition": "gpu", "account": "lab"}, {"cpu": True}, {"container": "img.sqsh", "container_mounts": "/d:/d"}],
+)
+def test_script_is_valid_shell(tmp_path: Path, changes: dict[str, object]) -> None:
+    script = render_script(make_job(tmp_path, **changes), ROOT)
+    assert bash_accepts(script)
+    directives = [line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH")]
+    assert {"nodes=2", "ntasks-per-node=8", "requeue", "signal=B:USR1@300"} <= set(directives)
+    assert ("gpus-per-node=8" in directives) is not changes.get("cpu", False)
+    assert ("partition=gpu" in directives) is ("partition" in changes)
+    assert ("--container-image=img.sqsh" in script) is ("container" in changes)
+
+
+def fake_cluster(folder: Path, rank_code: int, warned: bool) -> dict[str, str]:
+    """Stand-ins on the PATH: `srun` runs the task once as rank 3, `scontrol` notes what it is asked.
+
+    warned: while the task runs, the script gets the signal of the coming time limit.
+    """
+    warning = "trap : USR1; kill -USR1 $PPID; sleep 0.3" if warned else ":"
+    commands = {
+        "scontrol": f'echo "$*" >> {folder}/scontrol.log; [ "$1" = requeue ] || printf "node1\\nnode2\\n"',
+        "srun": f'{warning}; while [ "$1" != bash ]; do shift; done; SLURM_PROCID=3 SLURM_LOCALID=1 "$@"',
+        "task-python": f'printf "%s\\n" "$RANK/$WORLD_SIZE $LOCAL_RANK $MASTER_ADDR" "$@" > {folder}/task.log\n'
+        f"exit {rank_code}",
+    }
+    for name, body in commands.items():
+        path = folder / name
+        path.write_text(f"#!/bin/bash\n{body}\n")
+        path.chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "12", "SLURM_NTASKS": "4", "SLURM_CPUS_PER_TASK": "2", "SLURM_JOB_NODELIST": "node[1-2]"}
+    return {"PATH": f"{folder}:{os.environ['PATH']}", **slurm}
+
+
+def test_script_gives_ranks_their_place_and_quotes_overrides(tmp_path: Path) -> None:
+    tricky = "init.vision_encoder=a b'; touch owned; $(touch owned)"
+    job = make_job(tmp_path / "run", python="task-python", module="trainer.other", overrides=["seed=1", tricky])
+    script = write_script(job, tmp_path)
+    subprocess.run(["bash", str(script)], env=fake_cluster(tmp_path, 0, warned=False), check=True)
+    task, *arguments = (tmp_path / "task.log").read_text().splitlines()
+    assert task == "3/4 1 node1"
+    assert arguments == ["-u", "-m", "trainer.other", f"run_dir={tmp_path / 'run'}", "seed=1", tricky]
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize(
+    ("rank_code", "warned", "requeued"),
+    [(0, True, False), (2, True, False), (PREEMPTED_CODE, False, False), (PREEMPTED_CODE, True, True)],
+)
+def test_script_requeues_what_the_time_limit_stopped(
+    tmp_path: Path, rank_code: int, warned: bool, requeued: bool
+) -> None:
+    script = write_script(make_job(tmp_path / "run", python="task-python", module="trainer.other"), tmp_path)
+    done = subprocess.run(["bash", str(script)], env=fake_cluster(tmp_path, rank_code, warned))
+    assert done.returncode == rank_code
+    assert ("requeue 12" in (tmp_path / "scontrol.log").read_text()) is requeued
+
+
+def test_preemption_code_is_the_trainers() -> None:
+    assert STOPPED_BY_SIGNAL == PREEMPTED_CODE
+
+
+def test_submit_without_slurm_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="sbatch is not on this machine"):
+        submit(tmp_path / "job.sbatch")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"nodes": 0}, "--nodes is 0"),
+        ({"gpus_per_node": -1}, "--gpus-per-node is -1"),
+        ({"time": "two days"}, "--time 'two days'"),
+        ({"time": "48:00:00\n#SBATCH --wrap=x"}, "--time"),
+        ({"partition": "a b"}, "--partition 'a b'"),
+        ({"env_file": "missing.sh"}, "--env-file missing.sh"),
+        ({"run_dir": Path("a b")}, "--run-dir"),
+    ],
+)
+def test_wrong_flags_are_one_sentence(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make_job(tmp_path, **changes)
+
+
+@pytest.mark.parametrize("time", ["30", "90:00", "48:00:00", "2-0", "2-00:00", "2-00:00:00"])
+def test_time_limits_that_slurm_knows(tmp_path: Path, time: str) -> None:
+    assert make_job(tmp_path, time=time).time == time
+
+
+def test_command_line(tmp_path: Path) -> None:
+    flags = ["--nodes", "1", "--gpus-per-node", "2", "--time", "10", "--run-dir", str(tmp_path), "--", "a=1", "~b"]
+    job, wants_submit = parse_args(flags)
+    assert job.overrides == ["a=1", "~b"]
+    assert not wants_submit
+    assert job.python == sys.executable

@@ -1,0 +1,136 @@
+"""Every choice of every group composes, and the defaults are the paper's."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from conf import UserError
+from tests.trainer.tiny_job import environment, overrides, run_command
+from trainer.config import CONF_DIR, PretrainConfig, compose_config, fill_vocabulary, one_sentence, validate
+
+GROUPS = ("model", "data", "objective", "optim", "parallel", "checkpoint", "monitor", "experiment")
+CHOICES = [(group, path.stem) for group in GROUPS for path in sorted(Path(CONF_DIR, group).glob("*.yaml"))]
+PROPORTIONS = {"laion": 128, "laion_coco": 128, "mmc4": 64, "webvid": 16, "storyboard": 16}
+"""Batch sizes in the paper's table of corpora."""
+
+
+@pytest.fixture(autouse=True)
+def corpora_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMU_DATA", "/corpora")
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_every_choice_composes_and_can_be_run(group: str, choice: str) -> None:
+    config = compose_config([f"{'+' * (group == 'experiment')}{group}={choice}"])
+    config.init.vision_encoder = ""  # a file that the demo makes
+    validate(config, dp_size=2)
+
+
+def test_every_folder_of_choices_is_tried() -> None:
+    assert {group for group, _ in CHOICES} == {path.parent.name for path in Path(CONF_DIR).glob("*/*.yaml")}
+
+
+def test_defaults_are_the_papers() -> None:
+    config = compose_config([])
+    optim, data = config.optim, config.data
+    assert (optim.vision_encoder_lr, optim.causal_transformer_lr, optim.language_model_lr) == (4e-5, 1e-4, 3e-5)
+    assert (optim.beta1, optim.beta2, optim.eps, optim.weight_decay) == (0.9, 0.98, 1e-6, 0.05)
+    assert (optim.schedule, optim.warmup_ratio, config.total_steps) == ("cosine", 0.2, 10_000)
+    assert (config.objective.target_normalisation, config.objective.regression_gradient) == ("none", "full")
+    assert {name: source.weight for name, source in data.sources.items()} == PROPORTIONS
+    assert (data.seq_len, data.lanes) == (2048, 256)
+    assert data.tokenizer == "/corpora/tokenizer/tokenizer.model"
+    assert data.sources["storyboard"].shards == "/corpora/yt_storyboard/*.tar"
+    assert data.sources["laion_coco"].options == {"caption": "json:top_caption"}
+
+
+def test_a_dataclass_without_its_yaml_has_the_same_values() -> None:
+    """Defaults stand in the dataclasses and, for the paper's groups, in a file too: they must not drift apart."""
+    composed, plain = compose_config([]), PretrainConfig(run_dir="outputs/run")
+    assert (composed.optim, composed.objective) == (plain.optim, plain.objective)
+    assert (composed.checkpoint, composed.monitor, composed.init) == (plain.checkpoint, plain.monitor, plain.init)
+
+
+def test_cfg_job_shows_every_key_without_corpora(tmp_path: Path) -> None:
+    shown = run_command("trainer.pretrain", ["--cfg", "job"], tmp_path)
+    assert shown.returncode == 0 and shown.stderr == ""
+    tree = OmegaConf.create(shown.stdout)
+    assert tree.keys() == {field.name for field in fields(PretrainConfig)}
+    for group in set(GROUPS) & tree.keys():
+        assert tree[group].keys() == {field.name for field in fields(getattr(PretrainConfig(), group))}, group
+
+
+def test_a_command_line_is_checked_without_torch(tmp_path: Path) -> None:
+    """As a launcher does on a login node."""
+    code = "import sys, trainer.config as c; c.compose_config([]); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], env=environment(EMU_DATA="/corpora"), cwd=tmp_path, check=False)
+    assert done.returncode == 0
+
+
+def test_the_vocabulary_is_the_tokenizers(corpora: Path, tokenizer_path: Path) -> None:
+    config = compose_config(overrides(corpora, tokenizer_path, Path("run")))
+    assert config.model.language_model.text_vocab_size == 0
+    tokenizer = fill_vocabulary(config)
+    assert config.model.language_model.text_vocab_size == tokenizer.text_vocab_size == 360
+    config.model.language_model.text_vocab_size = 32000
+    with pytest.raises(UserError, match=r"text_vocab_size=32000 but data.tokenizer=\S+ has 360 pieces"):
+        fill_vocabulary(config)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ("objective.target_normalisation=mean", "objective.target_normalisation=mean is not known: choose one of none"),
+        ("objective.regression_gradient=half", "choose one of full, text_only"),
+        ("optim.schedule=linear", "optim.schedule=linear is not known: choose one of cosine, constant"),
+        ("parallel.precision=fp16", "parallel.precision=fp16 is not known: choose one of fp32, bf16"),
+        ("checkpoint.resume=maybe", "choose one of auto, never"),
+        ("monitor.wandb=on", "choose one of offline, online, disabled"),
+        ("parallel.zero_stage=4", "parallel.zero_stage=4 is not a ZeRO stage: choose 0, 1, 2 or 3"),
+        ("total_steps=0", "total_steps=0 is too small: give at least 1"),
+        ("checkpoint.keep=0", "checkpoint.keep=0 is too small: give at least 1"),
+        ("optim.language_model_lr=-1", "optim.language_model_lr=-1.0 is too small: give at least 0"),
+        ("monitor.log_every_steps=0", "monitor.log_every_steps=0 is too small: give at least 1"),
+        ("optim.warmup_ratio=1.5", "optim.warmup_ratio=1.5 is not a share: give a number from 0 to 1"),
+        ("model.vision.patch_size=15", "model.vision.image_size=224 is not a multiple of model.vision.patch_size=15"),
+        ("data.seq_len=4096", "data.seq_len=4096 is longer than model.language_model.max_positions=2048"),
+        ("init.vision_encoder=/nowhere.pt", "init.vision_encoder=/nowhere.pt is not a file"),
+        ("data.sources.laion.holdout=2", "data.sources.laion.holdout=2.0 must lie between 0 and 1"),
+    ],
+)
+def test_impossible_values_are_refused(wrong: str, sentence: str) -> None:
+    with pytest.raises(UserError) as refusal:
+        validate(compose_config([wrong]), dp_size=1)
+    assert sentence in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ("data.lane=4", "Key 'lane' not in 'DataConfig' at data.lane: see all keys"),
+        ("data.sources.mine.kind=pairs", "data.sources.mine does not exist yet: check its name, or put a + before it"),
+        ("data.lanes=many", "Value 'many' of type 'str' could not be converted to Integer at data.lanes: see all keys"),
+        ("model=emu_1t", "Could not find 'model/emu_1t' Available options in 'model': emu_14b emu_7b emu_tiny"),
+        ("seed", "missing EQUAL at '<EOF>': see all keys"),
+    ],
+)
+def test_what_cannot_be_composed_is_one_sentence(wrong: str, sentence: str) -> None:
+    with pytest.raises(UserError) as refusal:
+        compose_config([wrong])
+    assert sentence in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_a_missing_environment_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("EMU_DATA")
+    with pytest.raises(UserError, match="environment variable EMU_DATA, which is not set: export EMU_DATA=FOLDER"):
+        compose_config([])
+
+
+def test_unknown_errors_keep_their_text() -> None:
+    assert one_sentence(ValueError("first line\n    second line.")).startswith("first line second line: see all keys")

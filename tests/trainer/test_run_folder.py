@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from conf import UserError
+from trainer import run_folder
+
+
+@pytest.fixture(autouse=True)
+def released() -> Iterator[None]:
+    yield
+    run_folder.release()
+
+
+def test_attempts_are_counted_from_one(tmp_path: Path) -> None:
+    numbers = []
+    for _ in range(3):
+        numbers.append(run_folder.start_attempt(tmp_path / "run"))
+        run_folder.release()
+    assert numbers == [1, 2, 3]
+
+
+def test_a_folder_in_use_is_refused_and_named_with_its_owner(tmp_path: Path) -> None:
+    run_folder.start_attempt(tmp_path)
+    with pytest.raises(UserError, match=rf"run_dir={tmp_path} is in use by process {os.getpid()} on .*: stop that run"):
+        run_folder.claim(tmp_path)
+    run_folder.release()
+    run_folder.claim(tmp_path).close()
+
+
+def test_a_refused_start_leaves_no_trace(tmp_path: Path) -> None:
+    run_folder.start_attempt(tmp_path)
+    run_folder.write_exit(tmp_path, 0, "done")
+    with pytest.raises(UserError):
+        run_folder.start_attempt(tmp_path)
+    assert (tmp_path / "attempt").read_text() == "1\n"
+    assert json.loads((tmp_path / "exit.json").read_text())["code"] == 0
+
+
+def test_a_new_attempt_forgets_how_the_last_one_ended(tmp_path: Path) -> None:
+    run_folder.start_attempt(tmp_path)
+    run_folder.write_exit(tmp_path, 75, "stopped")
+    assert json.loads((tmp_path / "exit.json").read_text()) == {"code": 75, "reason": "stopped"}
+    run_folder.release()
+    run_folder.start_attempt(tmp_path)
+    assert not (tmp_path / "exit.json").exists()
+
+
+def test_the_first_word_about_the_end_stands(tmp_path: Path) -> None:
+    assert not run_folder.has_ended(tmp_path)
+    assert run_folder.write_exit(tmp_path, 2, "a shard is missing")
+    assert not run_folder.write_exit(tmp_path, 0, "done")
+    assert run_folder.has_ended(tmp_path)
+    assert json.loads((tmp_path / "exit.json").read_text()) == {"code": 2, "reason": "a shard is missing"}
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/run cannot be written \(Not a directory\): choose another folder"):
+        run_folder.claim(tmp_path / "file" / "run")
+
+
+def test_the_run_keeps_its_configuration_process_numbers_and_tokenizer(tmp_path: Path) -> None:
+    tokenizer = tmp_path / "elsewhere.model"
+    tokenizer.write_bytes(b"pieces")
+    run_dir = tmp_path / "run"
+    run_folder.start_attempt(run_dir)
+    run_folder.write_config(run_dir, {"seed": 3, "sizes": (1, 2)})
+    run_folder.write_pid(run_dir, 12)
+    run_folder.keep_tokenizer(run_dir, tokenizer)
+    run_folder.keep_tokenizer(run_dir, run_dir / run_folder.TOKENIZER)  # a resumed run may be given its own copy
+    assert (run_dir / "config.yaml").read_text() == "seed: 3\nsizes:\n- 1\n- 2\n"
+    assert (run_dir / "pids" / "rank-00012.pid").read_text() == f"{os.getpid()}\n"
+    assert (run_dir / run_folder.TOKENIZER).read_bytes() == b"pieces"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple, Union
+from typing import TYPE_CHECKING, NamedTuple, Union
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:  # launchers check sources on login nodes, without torch
+    import torch
 
 
 class SampleKey(NamedTuple):

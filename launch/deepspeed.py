@@ -1,6 +1,6 @@
 """Start a job on this machine with the DeepSpeed launcher, one process per device, and end it in order.
 
-    python -m launch.deepspeed --num-procs 8 --run-dir outputs/run -- +experiment=emu_7b optim.lr_scale=0.5
+    python -m launch.deepspeed --num-procs 8 --run-dir outputs/run -- +experiment=emu_7b total_steps=5000
 
 Bare `deepspeed` leaves orphans or kills loader workers when it is told to stop. Here a TERM, INT or USR1 goes to the
 ranks alone (they write their process ids into the run folder), which then have a grace period to save a checkpoint.
@@ -83,7 +83,7 @@ def validate_config(job: Job) -> int:
     if job.module != TRAINING_MODULE:
         return 0
     return subprocess.run(
-        [sys.executable, "-m", "trainer.config", *_module_args(job)], stdout=subprocess.DEVNULL
+        [sys.executable, "-m", "trainer.check", *_module_args(job)], stdout=subprocess.DEVNULL
     ).returncode
 
 

@@ -1,13 +1,11 @@
 """The configuration of a pretraining job: what Hydra composes from `conf/`, typed and checked before anything starts.
 
-No torch here: `python -m trainer.config OVERRIDES` checks a command line on a login node in a second.
+No torch here: launchers compose configurations on login nodes.
 """
 
 from __future__ import annotations
 
-import os
 import re
-import sys
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
@@ -21,7 +19,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 import conf
-from conf import UserError, run_cli
+from conf import UserError
 from data_pipelines.config import DataConfig
 from data_pipelines.tokenizer import Tokenizer
 from data_pipelines.validate import validate_batching
@@ -240,14 +238,3 @@ def fill_vocabulary(config: PretrainConfig) -> Tokenizer:
             "the tokenizer's size"
         )
     return tokenizer
-
-
-def check(arguments: list[str]) -> None:
-    """Check a training command line as `python -m trainer.pretrain` would get it (WORLD_SIZE ranks, 1 if unset)."""
-    config = compose_config([argument for argument in arguments if not argument.startswith("-")])
-    validate(config, int(os.environ.get("WORLD_SIZE", "1")))
-    fill_vocabulary(config)
-
-
-if __name__ == "__main__":
-    run_cli(lambda: check(sys.argv[1:]))

@@ -134,7 +134,7 @@ def train(model: ContrastivePair, images: Tensor, ids: Tensor, num_steps: int, s
         optimizer.step()
         schedule.step()
         matches.append(float(right))
-        progress.set_postfix(loss=f"{float(loss):.3f}", matched=f"{matches[-1]:.2f}")
+        progress.set_postfix(loss=f"{loss.item():.3f}", matched=f"{matches[-1]:.2f}")
     return float(np.mean(matches[-50:]))
 
 

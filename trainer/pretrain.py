@@ -28,7 +28,8 @@ from data_pipelines.loader import Loader, fingerprint, open_indexes
 from data_pipelines.tokenizer import Tokenizer
 from models.objective import effective_rank
 from trainer import run_folder
-from trainer.config import CONF_DIR, PretrainConfig, check, fill_vocabulary, register_schemas, to_dataclass, validate
+from trainer.check import check
+from trainer.config import CONF_DIR, PretrainConfig, fill_vocabulary, register_schemas, to_dataclass, validate
 from trainer.diagnostics import collapse_metrics, loss_metrics
 from trainer.engine import build_engine, init_distributed, set_process_options
 from trainer.loop import StepResult, fetch, fill_of, training_step

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from conf import UserError
 from tests.trainer.tiny_job import environment, overrides, run_command
+from trainer.check import check
 from trainer.config import CONF_DIR, PretrainConfig, compose_config, fill_vocabulary, one_sentence, validate
 
 GROUPS = ("model", "data", "objective", "optim", "parallel", "checkpoint", "monitor", "experiment")
@@ -68,7 +69,7 @@ def test_cfg_job_shows_every_key_without_corpora(tmp_path: Path) -> None:
 
 def test_a_command_line_is_checked_without_torch(tmp_path: Path) -> None:
     """As a launcher does on a login node."""
-    code = "import sys, trainer.config as c; c.compose_config([]); sys.exit('torch' in sys.modules)"
+    code = "import sys, trainer.check as c; c.compose_config([]); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], env=environment(EMU_DATA="/corpora"), cwd=tmp_path, check=False)
     assert done.returncode == 0
 
@@ -108,6 +109,20 @@ def test_impossible_values_are_refused(wrong: str, sentence: str) -> None:
     with pytest.raises(UserError) as refusal:
         validate(compose_config([wrong]), dp_size=1)
     assert sentence in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ("data.sources.laion.kind=lion", "data.sources.laion.kind is 'lion': it must be one of pairs, laion"),
+        ("+data.sources.laion.options.speed=1", "options.speed does not exist: the options of kind laion are caption"),
+        ("+data.sources.laion.options.min_image_side=x", "options.min_image_side has a value of the wrong type"),
+    ],
+)
+def test_options_of_sources_are_checked_before_any_process_starts(wrong: str, sentence: str) -> None:
+    with pytest.raises(UserError) as refusal:
+        check([wrong])
+    assert sentence in str(refusal.value) and "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize(

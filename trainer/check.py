@@ -1,0 +1,23 @@
+"""Check a training command line before any process starts: `python -m trainer.check OVERRIDES`, in a second, no torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from conf import run_cli
+from data_pipelines.sources import make_source
+from trainer.config import compose_config, fill_vocabulary, validate
+
+
+def check(arguments: list[str]) -> None:
+    """UserError for what `python -m trainer.pretrain` could not run on WORLD_SIZE ranks (1 if unset)."""
+    config = compose_config([argument for argument in arguments if not argument.startswith("-")])
+    validate(config, int(os.environ.get("WORLD_SIZE", "1")))
+    for name, source in config.data.sources.items():
+        make_source(name, source, config.data)
+    fill_vocabulary(config)
+
+
+if __name__ == "__main__":
+    run_cli(lambda: check(sys.argv[1:]))

@@ -96,7 +96,8 @@ def launcher_command(job: Job, visible_devices: str, port: int) -> list[str]:
 
     visible_devices: CUDA_VISIBLE_DEVICES, which DeepSpeed overrules as soon as it is given a number of devices.
     """
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile=", f"--master_port={port}"]
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile=", "--log_level=error"]
+    command.append(f"--master_port={port}")
     devices = [device.strip() for device in visible_devices.split(",")]
     if all(device.isdigit() for device in devices):
         if len(devices) < job.num_procs:

@@ -1,4 +1,4 @@
-"""Check a training command line before any process starts: `python -m trainer.check OVERRIDES`, in a second, no torch."""
+"""Check a training command line before any process starts, in a second, without torch: `python -m trainer.check`."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import secrets
+import time
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,9 +34,11 @@ class Monitor:
         self.metrics = open_lines(run_dir / "metrics.jsonl")
         self.events = open_lines(run_dir / "events.jsonl")
         self.wandb = start_wandb(run_dir, config, resolved_config)
+        self.started = (time.monotonic(), 0)
 
     def start(self, step: int, total_steps: int, world_size: int, device: str) -> None:
         self.event("start", step, world_size=world_size, device=device)
+        self.started = (time.monotonic(), step)
         print(f"attempt {self.attempt}: from step {step} of {total_steps} on {world_size} x {device}", flush=True)
 
     def step(self, step: int, total_steps: int, values: dict[str, Any]) -> None:
@@ -45,8 +48,16 @@ class Monitor:
         if step % self.config.log_every_steps:
             return
         shown = "  ".join(f"{name} {values[name]:.4f}" for name in CONSOLE if values.get(name) is not None)
-        print(f"step {step}/{total_steps}  {shown}  {values['seconds/step']:.2f} s", flush=True)
+        left = self.time_left(step, total_steps)
+        print(f"step {step}/{total_steps}  {shown}  {values['seconds/step']:.2f} s, {left} left", flush=True)
         self.send({name: value for name, value in values.items() if not isinstance(value, list)}, step)
+
+    def time_left(self, step: int, total_steps: int) -> str:
+        """At the mean pace of this attempt, checkpoints and all."""
+        began, first_step = self.started
+        seconds = (time.monotonic() - began) / max(1, step - first_step) * (total_steps - step)
+        hours, minutes = divmod(round(seconds / 60), 60)
+        return f"{hours} h {minutes:02} min" if hours else f"{minutes} min"
 
     def send(self, values: dict[str, Any], step: int) -> None:
         """To wandb, whose failure must not end the run."""

@@ -24,7 +24,7 @@ from data_pipelines.prepare.demo_corpora.shards import Sample, encode_json, writ
 from data_pipelines.prepare.demo_corpora.tokenizer import train_tokenizer
 
 # Part of the settings: a folder made by other code is never taken for this code's.
-VERSION = 2
+VERSION = 3
 
 SAMPLES = {
     "laion": 12_000,

@@ -43,7 +43,7 @@ class DrawnObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """One to three objects, no two at one place, on a light or dark background."""
+    """One to three objects in reading order, no two at one place, on a light or dark background."""
 
     shade: str
     objects: tuple[DrawnObject, ...]
@@ -88,13 +88,13 @@ def random_trained_object(rng: random.Random) -> DrawnObject:
 
 
 def random_scene(rng: random.Random, num_objects: int, first: DrawnObject | None = None) -> Scene:
-    """A scene of trained triples (``first``, if given, is taken as it is); no two objects look the same."""
+    """A scene of trained triples (``first``, if given, is taken as it is) in reading order; no two look the same."""
     objects = [first or random_trained_object(rng)]
     while len(objects) < num_objects:
         new = random_trained_object(rng)
         if all(new.place != old.place and (new.colour, new.shape) != (old.colour, old.shape) for old in objects):
             objects.append(new)
-    rng.shuffle(objects)
+    objects.sort(key=lambda thing: PLACES.index(thing.place))
     return Scene(rng.choice(SHADES), tuple(objects))
 
 

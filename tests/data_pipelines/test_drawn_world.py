@@ -146,7 +146,7 @@ def test_pictures_show_every_attribute(side: int) -> None:
         assert (seen.colour, seen.shape, seen.place) == (colour, shape, place)
         widths.setdefault((shape, size), []).append(seen.width)
     for shape in SHAPES:
-        assert max(widths[shape, "small"]) * 1.2 < min(widths[shape, "large"])
+        assert max(widths[shape, "small"]) * 1.15 < min(widths[shape, "large"])
 
 
 def test_two_drawings_of_a_scene_differ_but_the_same_seed_repeats() -> None:

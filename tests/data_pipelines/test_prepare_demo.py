@@ -156,7 +156,7 @@ def test_laion_captions_say_what_the_pictures_show(corpora: Path) -> None:
         seen = read_scene(open_image(sample["jpg"]))
         assert triples(seen) == triples(parse_caption(sample["txt"].decode()))
         counts[len(seen)] += 1
-    np.testing.assert_allclose([counts[number] / 600 for number in (1, 2, 3)], [0.70, 0.25, 0.05], atol=0.05)
+    np.testing.assert_allclose([counts[number] / 600 for number in (1, 2, 3)], [0.40, 0.55, 0.05], atol=0.05)
 
 
 def test_mmc4_pages_are_consistent_in_both_forms(corpora: Path) -> None:

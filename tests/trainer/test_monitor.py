@@ -52,12 +52,22 @@ def test_a_new_attempt_writes_behind_a_cut_line(tmp_path: Path) -> None:
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
 
 
+def test_the_time_left_is_of_this_attempts_pace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monitor = Monitor(tmp_path, OFF, {}, 2)
+    monkeypatch.setattr("time.monotonic", lambda: 100.0)
+    monitor.start(400, 1000, 1, "cpu")
+    monkeypatch.setattr("time.monotonic", lambda: 1300.0)
+    assert monitor.time_left(500, 1000) == "1 h 40 min"  # 100 steps took 20 minutes
+    assert monitor.time_left(995, 1000) == "0 min"
+    monitor.close()
+
+
 def test_console_shows_every_nth_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     monitor = Monitor(tmp_path, OFF, {}, 1)
     for step in (1, 2, 3, 4):
         record(monitor, step)
     assert capsys.readouterr().out.splitlines() == [
-        f"step {step}/10  loss/text 1.5000  embedding_spread 0.5000  0.25 s" for step in (2, 4)
+        f"step {step}/10  loss/text 1.5000  embedding_spread 0.5000  0.25 s, 0 min left" for step in (2, 4)
     ]
     assert len(read_metrics(tmp_path)) == 4
 

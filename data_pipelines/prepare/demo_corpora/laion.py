@@ -12,7 +12,7 @@ from data_pipelines.prepare.drawing import draw_scene
 from data_pipelines.prepare.drawn_world import caption_scene, random_scene
 
 SIDE = 128
-SHARE_OF_OBJECT_COUNTS = {1: 0.70, 2: 0.25, 3: 0.05}
+SHARE_OF_OBJECT_COUNTS = {1: 0.40, 2: 0.55, 3: 0.05}
 SAMPLES_PER_SHARD = 1000
 
 

@@ -24,7 +24,7 @@ COLOUR_HSV = {
     "purple": (276, 0.75, 0.70),
     "pink": (326, 0.52, 0.94),
 }
-RADIUS = {"small": 0.102, "large": 0.142}
+RADIUS = {"small": 0.106, "large": 0.146}
 SHADE_LEVEL = {"light": 234.0, "dark": 198.0}
 SUPERSAMPLING = 4
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -113,7 +114,8 @@ class EmuModel(nn.Module):
         """Ids that follow each prompt, up to and without `</s>`. Deterministic."""
         self._check_length(inputs, options.max_new_tokens)
         inputs = inputs.to(self.device)
-        generated = self.language_model.generate(
+        language_model: Any = self.language_model  # transformers' annotations of `generate` refuse its own models
+        generated = language_model.generate(
             inputs_embeds=self.embed(inputs),
             attention_mask=inputs.attention_mask,
             generation_config=self._generation_config(options),

@@ -1,34 +1,50 @@
 """The index of a corpus: where its chunks stand, so that any sample is one seek away.
 
-A chunk is a run of whole samples of one shard. The index is a folder, memory-mapped, so that nothing depends on the
-number of samples when it is opened:
+A chunk is a run of whole samples of one shard. The index is a folder of tables from which only what is asked for is
+read, so that neither time nor memory of its readers depends on the number of samples:
 
     index.json    format, counts, chunk settings, fingerprint
-    shards.npy    per shard: its url's place in urls.txt, size, mtime, samples, first chunk
-    chunks.npy    per chunk: shard, byte range, first sample in the shard, samples
+    shards.npy    per shard: its url's place in urls.txt, samples, size, mtime, hash of its etag, first chunk
+    chunks.npy    per chunk: shard, range of 512-byte blocks, first sample in the shard
     urls.txt      the urls, one a line
-    defects.txt   what was left out of damaged shards, one a line
+    defects.txt   what was left out of damaged shards, and what else is said about their sizes, one a line
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import weakref
 from pathlib import Path
+from tarfile import BLOCKSIZE
 from typing import NamedTuple, NoReturn
 
 import numpy as np
 
 from conf import UserError
-from data_pipelines.shards import expand_shards, is_local, stat_shard
+from data_pipelines.shards import expand_shards, stat_shard
+from data_pipelines.stores import ShardStat, is_local
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CHECK_ON_OPEN = 1000
 """Up to so many shards are compared with their files when an index is opened, more of them when first read."""
 
 SHARD_FIELDS = np.dtype(
-    [(name, "<i8") for name in ("url_start", "url_nbytes", "size", "mtime_ns", "num_samples", "first_chunk")]
+    [
+        ("url_start", "<u8"),
+        ("url_nbytes", "<u4"),
+        ("num_samples", "<u4"),
+        ("size", "<i8"),
+        ("mtime_ns", "<i8"),
+        ("etag_hash", "<u8"),
+        ("first_chunk", "<i8"),
+    ]
 )
-CHUNK_FIELDS = np.dtype([(name, "<i8") for name in ("shard", "offset", "nbytes", "first_sample", "num_samples")])
+CHUNK_FIELDS = np.dtype([(name, "<u4") for name in ("shard", "first_block", "num_blocks", "first_sample")])
+"""16 bytes, for there may be 10^8 chunks; places in a tar are multiples of 512 bytes."""
+
+VERSION_FIELDS = ["size", "mtime_ns", "etag_hash"]
 
 
 class Chunk(NamedTuple):
@@ -55,43 +71,56 @@ class Index:
         self.num_samples: int = header["num_samples"]
         self.num_defects: int = header["num_defects"]
         self.max_chunk_samples: int = header["max_chunk_samples"]
+        self.num_disagreements: int = header["num_disagreements"]
         self._header = header
-        self._shards = np.load(path / "shards.npy", mmap_mode="r")
-        self._chunks = np.load(path / "chunks.npy", mmap_mode="r")
-        self._urls = np.memmap(path / "urls.txt", dtype=np.uint8, mode="r")
-        self._checked: set[int] = set()
+        self._shards = _Table(path / "shards.npy", SHARD_FIELDS, self.num_shards)
+        self._chunks = _Table(path / "chunks.npy", CHUNK_FIELDS, self.num_chunks)
+        self._urls = _open(self, path / "urls.txt")
 
     def __reduce__(self) -> tuple:
         return Index, (self.path, self._header)
 
     def url(self, shard: int) -> str:
-        start, nbytes = (int(self._shards[shard][name]) for name in ("url_start", "url_nbytes"))
-        return self._urls[start : start + nbytes].tobytes().decode("utf-8", "surrogateescape")
+        (record,) = self._shards.rows(shard, shard + 1)
+        url = os.pread(self._urls, int(record["url_nbytes"]), int(record["url_start"]))
+        return url.decode("utf-8", "surrogateescape")
 
     def chunk(self, number: int) -> Chunk:
-        return Chunk(*self._chunks[number].item())
+        rows = self._chunks.rows(number, min(number + 2, self.num_chunks))
+        shard, first_block, num_blocks, first_sample = rows[0].item()
+        if len(rows) == 2 and rows[1]["shard"] == shard:
+            end = rows[1]["first_sample"]
+        else:
+            end = self._shards.rows(shard, shard + 1)[0]["num_samples"]
+        return Chunk(shard, first_block * BLOCKSIZE, num_blocks * BLOCKSIZE, first_sample, int(end) - first_sample)
 
     def chunk_of(self, shard: int, sample: int) -> int:
         """Number of the chunk that holds sample number `sample` of a shard."""
-        begin = int(self._shards[shard]["first_chunk"])
-        end = int(self._shards[shard + 1]["first_chunk"]) if shard + 1 < self.num_shards else self.num_chunks
-        return begin + int(np.searchsorted(self._chunks["first_sample"][begin:end], sample, side="right")) - 1
+        begin, *following = self._shards.rows(shard, min(shard + 2, self.num_shards))["first_chunk"].tolist()
+        chunks = self._chunks.rows(begin, following[0] if following else self.num_chunks)
+        return begin + int(np.searchsorted(chunks["first_sample"], sample, side="right")) - 1
 
     def check_shard(self, shard: int) -> None:
-        """Raises UserError when the shard is missing or is another file than the one that was indexed; looks once."""
-        if shard in self._checked:
-            return
-        url, record = self.url(shard), self._shards[shard]
-        stat = stat_shard(url)
-        if stat.size != record["size"] or stat.mtime_ns != record["mtime_ns"]:
-            self._raise_older(url)
-        self._checked.add(shard)
+        """Raises UserError when the shard is missing or is another file than the one that was indexed."""
+        self.check_stat(shard, stat_shard(self.url(shard)))
+
+    def check_stat(self, shard: int, stat: ShardStat) -> None:
+        """Raises UserError when `stat` is of another version of the shard than the one that was indexed."""
+        size, mtime_ns, version = self.version(shard)
+        etags = {version, etag_hash(stat)} - {0}
+        if (stat.size, stat.mtime_ns) != (size, mtime_ns) or len(etags) == 2:
+            self._raise_older(self.url(shard))
+
+    def version(self, shard: int) -> tuple[int, int, int]:
+        """Size in bytes, mtime_ns and hash of the etag of the shard that was indexed."""
+        size, mtime_ns, etag = self._shards.rows(shard, shard + 1)[VERSION_FIELDS][0].item()
+        return size, mtime_ns, etag
 
     def check_pattern(self) -> None:
-        """Raises UserError when the local pattern of the shards finds one more than were indexed."""
+        """Raises UserError when the local patterns of the shards find one more than were indexed."""
         indexed = {self.url(shard) for shard in range(self.num_shards)}
         try:
-            found = set(expand_shards(self._header["pattern"]))
+            found = {url for pattern in self._header["patterns"] for url in expand_shards(pattern)}
         except UserError:  # a relative pattern, seen from another folder
             return
         added = sorted(found - indexed)
@@ -109,10 +138,45 @@ class Index:
 
     def _build_again(self) -> str:
         made = self._header
+        patterns = " ".join(f"'{pattern}'" for pattern in made["patterns"])
         return (
-            f"run python -m data_pipelines.prepare.index {made['source']} '{made['pattern']}' --out {self.path} "
+            f"run python -m data_pipelines.prepare.index {made['source']} {patterns} --out {self.path} "
             f"--chunk-samples {made['chunk_samples']} --chunk-mb {made['chunk_mb']:g} again"
         )
+
+
+class _Table:
+    """Records of an .npy file, read where they are asked for. Were it mapped into memory, every look-up would leave
+    pages behind, and each process of a node would grow by the whole table.
+
+    Raises ValueError when the file holds other records, or another number of them.
+    """
+
+    def __init__(self, path: Path, fields: np.dtype, length: int) -> None:
+        with path.open("rb") as file:
+            np.lib.format.read_magic(file)
+            shape, _, found = np.lib.format.read_array_header_1_0(file)
+            self._start = file.tell()
+        if (shape, found) != ((length,), fields) or path.stat().st_size != self._start + length * fields.itemsize:
+            raise ValueError(f"{path.name} is not the table of {length} records that it should be")
+        self._fields = fields
+        self._file = _open(self, path)
+
+    def rows(self, first: int, end: int) -> np.ndarray:
+        size = self._fields.itemsize
+        return np.frombuffer(os.pread(self._file, (end - first) * size, self._start + first * size), self._fields)
+
+
+def _open(owner: object, path: Path) -> int:
+    """File descriptor that lives as long as its owner."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    weakref.finalize(owner, os.close, descriptor)
+    return descriptor
+
+
+def etag_hash(stat: ShardStat) -> int:
+    """64 bits of what the storage calls this version of a shard; 0 where it tells none."""
+    return int.from_bytes(hashlib.blake2b(stat.etag.encode(), digest_size=8).digest(), "little") if stat.etag else 0
 
 
 def open_index(path: str | Path) -> Index:
@@ -129,11 +193,16 @@ def open_index(path: str | Path) -> Index:
             f"the index {path} has format {header.get('format')}, this version reads {FORMAT_VERSION}: "
             "make it again with python -m data_pipelines.prepare.index"
         )
-    index = Index(path, header)
+    try:
+        index = Index(path, header)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"the index {path} is damaged ({error}): make it again with python -m data_pipelines.prepare.index"
+        ) from error
     if index.num_shards <= CHECK_ON_OPEN:
         for shard in range(index.num_shards):
             if is_local(index.url(shard)):
                 index.check_shard(shard)
-        if is_local(header["pattern"]):
+        if all(map(is_local, header["patterns"])):
             index.check_pattern()
     return index

@@ -89,11 +89,23 @@ class Units:
         return Unit(epoch, chunk, piece * num_samples // self._slices, (piece + 1) * num_samples // self._slices)
 
 
-def sample_rng(seed: int, epoch: int, key: SampleKey) -> np.random.Generator:
-    """All the randomness of one sample in one epoch, wherever and whenever it is read."""
-    return np.random.Generator(np.random.Philox(key=stable_hash("sample", seed, epoch, *key, bits=128)))
+class SampleRandom:
+    """All the randomness of one sample in one epoch, wherever and whenever it is read: Philox keyed by its place."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._philox = np.random.Philox(key=0)
+        self._generator = np.random.Generator(self._philox)
+        self._state = self._philox.state
+
+    def of(self, epoch: int, key: SampleKey) -> np.random.Generator:
+        """The one generator, set anew (making one takes three times as long): good until the next call."""
+        high, low = divmod(stable_hash("sample", self._seed, epoch, *key, bits=128), 1 << 64)
+        self._state["state"]["key"][:] = low, high
+        self._philox.state = self._state
+        return self._generator
 
 
 def is_held_out(source: str, name: str, share: float) -> bool:
     """Whether a sample is kept for validation: by a hash of its webdataset key, whatever the seed and the shards."""
-    return stable_hash("holdout", source, name) < share * 2.0**64
+    return share > 0 and stable_hash("holdout", source, name) < share * 2.0**64

@@ -6,18 +6,16 @@ basename; names are keys, never paths.
 
 from __future__ import annotations
 
-import io
-import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import BinaryIO, NamedTuple
 
-from webdataset.tariterators import base_plus_ext, tar_file_iterator
+from webdataset.tariterators import base_plus_ext
 
 from data_pipelines.document import RawSample
+from data_pipelines.tar_members import META_NAME, read_members
 
-META_NAME = re.compile(r"__[^/]*__($|/)")
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
 
 
@@ -29,6 +27,10 @@ class SampleRanges:
     defects: list[str] = field(default_factory=list)
 
 
+DAMAGE = (tarfile.TarError, ValueError, OverflowError, IndexError, RecursionError)
+"""What tarfile raises on headers that somebody made to hurt it, besides its own errors."""
+
+
 def scan_samples(stream: BinaryIO, size: int) -> SampleRanges:
     """Where the samples of a tar of `size` bytes stand, read from its headers alone.
 
@@ -36,13 +38,18 @@ def scan_samples(stream: BinaryIO, size: int) -> SampleRanges:
     where its last member ends, padding included. What a damaged tar surely holds whole before the damage is kept.
     """
     found = SampleRanges()
+    found.ranges.extend(sample_ranges(stream, size, found.defects))
+    return found
+
+
+def sample_ranges(stream: BinaryIO, size: int, defects: list[str]) -> Iterator[tuple[int, int]]:
+    """The ranges of `scan_samples` one by one; what is left out is noted in `defects`."""
     try:
         tar = tarfile.open(fileobj=stream, mode="r:")  # noqa: SIM115 - the caller closes the stream
-    except tarfile.TarError as error:
-        found.defects.append(_why_no_tar(stream, error))
-        return found
-    _group_members(_members(tar, stream, size, found.defects), found.ranges)
-    return found
+    except DAMAGE as error:
+        defects.append(_why_no_tar(stream, error))
+        return
+    yield from _group_members(_members(tar, stream, size, defects))
 
 
 class _Member(NamedTuple):
@@ -60,7 +67,7 @@ def _members(tar: tarfile.TarFile, stream: BinaryIO, size: int, defects: list[st
     while True:
         try:
             info = tar.next()
-        except (tarfile.TarError, ValueError, OverflowError) as error:
+        except DAMAGE as error:
             defects.append(f"damaged at byte {begin} ({error}): the rest is left out")
             yield _Member(begin, begin, None, False)
             return
@@ -93,7 +100,7 @@ def member_key(info: tarfile.TarInfo) -> str | None:
     return base_plus_ext(info.name)[0]
 
 
-def _group_members(members: Iterator[_Member], ranges: list[tuple[int, int]]) -> None:
+def _group_members(members: Iterator[_Member]) -> Iterator[tuple[int, int]]:
     """Members that are part of no sample (folders, links) fall to the sample before them, where they do no harm."""
     key: str | None = None
     start, end, usable = 0, 0, False
@@ -102,13 +109,13 @@ def _group_members(members: Iterator[_Member], ranges: list[tuple[int, int]]) ->
             usable, end = usable and member.usable, member.end
             continue
         if usable:
-            ranges.append((start, end))
+            yield start, end
         key, start, end, usable = member.key, member.start, member.end, member.usable
     if usable:
-        ranges.append((start, end))
+        yield start, end
 
 
-def _why_no_tar(stream: BinaryIO, error: tarfile.TarError) -> str:
+def _why_no_tar(stream: BinaryIO, error: Exception) -> str:
     stream.seek(0)
     kind = COMPRESSED.get(stream.read(2))
     return f"{kind} data: decompress it, byte ranges need a plain tar" if kind else f"no tar: {error}"
@@ -121,13 +128,13 @@ def parse_samples(data: bytes, max_member_bytes: int) -> list[RawSample]:
     one over the size limit, has a defect.
     """
     samples: list[RawSample] = []
-    for member in tar_file_iterator(io.BytesIO(data)):
-        name, extension = base_plus_ext(member["fname"])
+    for path, content in read_members(data):
+        name, extension = base_plus_ext(path)
         if name is None:
             continue
         if not samples or samples[-1].name != name:
             samples.append(RawSample(name, {}))
-        samples[-1] = _with_member(samples[-1], extension.lower(), member["data"], max_member_bytes)
+        samples[-1] = _with_member(samples[-1], extension.lower(), content, max_member_bytes)
     return samples
 
 
@@ -137,4 +144,5 @@ def _with_member(sample: RawSample, extension: str, data: bytes, max_member_byte
         defect = "duplicate member"
     elif len(data) > max_member_bytes:
         defect, data = "member too large", b""
-    return RawSample(sample.name, {**sample.members, extension: data}, defect)
+    sample.members[extension] = data
+    return sample if defect == sample.defect else RawSample(sample.name, sample.members, defect)

@@ -5,6 +5,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,9 @@ import pytest
 
 from conf import UserError
 from data_pipelines import index as index_module
-from data_pipelines.index import Index, open_index
+from data_pipelines.index import Index, etag_hash, open_index
 from data_pipelines.index_builder import build_index
-from data_pipelines.shards import read_range
+from data_pipelines.shards import read_range, stat_shard
 from data_pipelines.tar_samples import parse_samples
 from tests.data_pipelines.corpora import write_tar, write_texts
 
@@ -152,14 +153,89 @@ def test_wrong_input_to_build(tmp_path: Path) -> None:
         open_index(tmp_path / "precious")
 
 
-def test_an_interrupted_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_build_leaves_no_half_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
+    shard = str(write_texts(tmp_path / "0.tar", 0, 1))
     monkeypatch.setattr(np, "save", fail)
     with pytest.raises(OSError, match="disk full"):
-        build_index("x", str(write_texts(tmp_path / "0.tar", 0, 1)), tmp_path / "index")
-    assert [path.name for path in tmp_path.iterdir()] == ["0.tar"]
+        build_index("x", shard, tmp_path / "index")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.tar", "index.parts"]
+    monkeypatch.undo()
+    build_index("x", shard, tmp_path / "index")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.tar", "index"]
+
+
+def test_a_damaged_index_is_named(tmp_path: Path) -> None:
+    build_index("x", write_corpus(tmp_path / "corpus"), tmp_path / "index")
+    chunks = (tmp_path / "index" / "chunks.npy").read_bytes()
+    (tmp_path / "index" / "chunks.npy").write_bytes(chunks[:-16])
+    with pytest.raises(UserError, match="is damaged"):
+        open_index(tmp_path / "index")
+
+
+@pytest.mark.parametrize(("etags", "is_changed"), [(("a", "a"), False), (("a", "b"), True), (("a", ""), False)])
+def test_a_shard_with_another_etag_is_another_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, etags: tuple[str, str], is_changed: bool
+) -> None:
+    shard = str(write_texts(tmp_path / "0.tar", 0, 5))
+    before, after = (stat_shard(shard)._replace(etag=etag) for etag in etags)
+    build_index("x", shard, tmp_path / "index")
+    shards = np.load(tmp_path / "index" / "shards.npy")
+    shards["etag_hash"] = etag_hash(before)
+    np.save(tmp_path / "index" / "shards.npy", shards)
+    monkeypatch.setattr(index_module, "stat_shard", lambda url: after)
+    with pytest.raises(UserError, match="older than its shard") if is_changed else nullcontext():
+        open_index(tmp_path / "index").check_shard(0)
+
+
+SPARSE_INDEX = """
+import json, sys
+from pathlib import Path
+import numpy as np
+from data_pipelines.index import CHUNK_FIELDS, SHARD_FIELDS
+
+folder, num_shards, num_chunks = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+folder.mkdir()
+for name, fields, rows in (("shards", SHARD_FIELDS, num_shards), ("chunks", CHUNK_FIELDS, num_chunks)):
+    with (folder / f"{name}.npy").open("wb") as file:
+        shape = {"descr": np.lib.format.dtype_to_descr(fields), "fortran_order": False, "shape": (rows,)}
+        np.lib.format.write_array_header_1_0(file, shape)
+        file.truncate(file.tell() + rows * fields.itemsize)
+with (folder / "urls.txt").open("wb") as file:
+    file.truncate(num_shards * 100)
+header = {"format": 2, "source": "x", "patterns": ["s3://x"], "chunk_samples": 64, "chunk_mb": 4.0,
+          "num_shards": num_shards, "num_chunks": num_chunks, "num_samples": 64 * num_chunks, "fingerprint": "",
+          "max_chunk_samples": 64, "num_defects": 0, "num_disagreements": 0}
+(folder / "index.json").write_text(json.dumps(header))
+"""
+RESIDENT = """
+import pickle, sys
+from pathlib import Path
+from data_pipelines.index import open_index
+from data_pipelines.order import Units
+
+def resident_mb():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
+
+before = resident_mb()
+index = pickle.loads(pickle.dumps(open_index(sys.argv[1])))
+units = Units(index, "x", 0, 8192)
+for q in range(0, units.num_units, units.num_units // 40):
+    units.unit(q)
+print(resident_mb() - before)
+"""
+
+
+def test_an_index_of_a_hundred_million_chunks_is_not_read(tmp_path: Path) -> None:
+    def run(code: str, *arguments: object) -> str:
+        command = [sys.executable, "-c", code, str(tmp_path / "index"), *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+
+    run(SPARSE_INDEX, 700_000, 110_000_000)
+    assert float(run(RESIDENT)) < 8
 
 
 def test_command(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def test_a_cut_tar_gives_a_prefix_and_a_defect(members: list[Member], cut: int, 
     assert all(end <= cut for _, end in ranges)
     assert found[:-1] == whole[: max(0, len(found) - 1)]
     if found and found[-1] != whole[len(found) - 1]:  # cut between two members: nothing tells that more was to come
-        assert found[-1].members.items() <= whole[len(found) - 1].members.items()
+        assert found[-1].members.keys() <= whole[len(found) - 1].members.keys()  # contents differ in duplicates
         assert not defects
     assert len(found) == len(whole) or defects or cut % 512 == 0
 

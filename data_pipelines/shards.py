@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Callable
+import re
 from glob import has_magic
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import fsspec
 from braceexpand import braceexpand
 
 from conf import UserError
+from data_pipelines import stores
+from data_pipelines.retries import with_retries
+from data_pipelines.stores import Fetched, ShardStat, is_local, local_path
 
-
-class ShardStat(NamedTuple):
-    """Size in bytes; mtime_ns is 0 where the storage tells none."""
-
-    size: int
-    mtime_ns: int
+RETRY_MINUTES = 1.0
+BLOCK_BYTES = 1 << 20
 
 
 def expand_shards(pattern: str) -> list[str]:
@@ -47,66 +47,70 @@ def _expand_glob(pattern: str) -> list[str]:
         raise UserError(f"the shards {pattern!r} are a folder: name its tars, as in {path / '*.tar'}")
     if is_local(pattern) and (path.exists() or not has_magic(pattern)):
         return [str(path.absolute())]
-    return _remote(pattern, _glob) if has_magic(pattern) else [pattern]
+    is_pattern = re.search(r"[*\[]", pattern) if pattern.startswith("http") else has_magic(pattern)
+    return _glob(pattern) if is_pattern else [pattern]  # in a web address a question mark begins the query
 
 
-def _glob(fs: Any, pattern: str) -> list[str]:
-    return [local_path(fs.unstrip_protocol(found)) for found in fs.glob(pattern)]
-
-
-def is_local(url: str) -> bool:
-    return "://" not in url or url.startswith("file://")
-
-
-def local_path(url: str) -> str:
-    return url.removeprefix("file://")
-
-
-def stat_shard(url: str) -> ShardStat:
-    """Raises UserError naming the shard when it is missing."""
+def _glob(pattern: str) -> list[str]:
     try:
-        if is_local(url):
-            stat = Path(local_path(url)).stat()
-            return ShardStat(stat.st_size, stat.st_mtime_ns)
-        return ShardStat(_remote(url, lambda fs, path: int(fs.info(path)["size"])), 0)
-    except OSError as error:
-        raise _unreadable(url, error) from error
+        fs, path = fsspec.core.url_to_fs(pattern)
+        return [local_path(fs.unstrip_protocol(found)) for found in fs.glob(path)]
+    except (ImportError, ValueError, OSError) as error:
+        raise UserError(f"{pattern} cannot be listed ({str(error).splitlines()[0]}): name its shards") from error
+
+
+def stat_shard(url: str, retry_minutes: float = RETRY_MINUTES) -> ShardStat:
+    """Raises UnreachableError, a UserError, naming the shard when it is missing or its store does not answer."""
+    return with_retries(lambda: stores.stat(url), url, retry_minutes)
+
+
+def fetch_range(
+    url: str,
+    offset: int,
+    nbytes: int,
+    retry_minutes: float = RETRY_MINUTES,
+    timeout_s: float = stores.REQUEST_TIMEOUT_S,
+) -> Fetched:
+    """At most `nbytes` bytes of a shard from `offset` on, fewer where it ends, and the version that they are of.
+
+    Raises UnreachableError when the shard is missing, or its store gave no whole answer in `retry_minutes`.
+    """
+    return with_retries(lambda: stores.read(url, offset, nbytes, timeout_s), url, retry_minutes)
 
 
 def read_range(url: str, offset: int, nbytes: int) -> bytes:
-    """Exactly `nbytes` bytes of a shard from `offset` on, in one contiguous read."""
-    try:
-        if is_local(url):
-            with Path(local_path(url)).open("rb", buffering=0) as shard:
-                data = os.pread(shard.fileno(), nbytes, offset)
-        else:
-            data = _remote(url, lambda fs, path: fs.cat_file(path, start=offset, end=offset + nbytes))
-    except OSError as error:
-        raise _unreadable(url, error) from error
+    """Exactly `nbytes` bytes of a shard from `offset` on. Raises UserError when it ends before."""
+    data = fetch_range(url, offset, nbytes).data if nbytes else b""
     if len(data) != nbytes:
         raise UserError(f"the shard {url} ends before byte {offset + nbytes}: restore it, or build its index again")
     return data
 
 
 def open_shard(url: str) -> BinaryIO:
-    """A seekable stream of the whole shard."""
-    try:
-        if is_local(url):
-            return Path(local_path(url)).open("rb")
-        return _remote(url, lambda fs, path: fs.open(path, "rb"))
-    except OSError as error:
-        raise _unreadable(url, error) from error
+    """A seekable stream of the whole shard. Raises UnreachableError, also while it is read."""
+    size = stat_shard(url).size
+    if is_local(url):
+        return Path(local_path(url)).open("rb")
+    return io.BufferedReader(_RangeStream(url, size), BLOCK_BYTES)
 
 
-def _remote(url: str, call: Callable[[Any, str], Any]) -> Any:
-    """The one place where fsspec is called."""
-    try:
-        return call(*fsspec.core.url_to_fs(url))
-    except (ImportError, ValueError) as error:
-        raise UserError(f"{url} cannot be reached: {str(error).splitlines()[0]}") from error
+class _RangeStream(io.RawIOBase):
+    def __init__(self, url: str, size: int) -> None:
+        self._url, self._size, self._position = url, size, 0
 
+    def readable(self) -> bool:
+        return True
 
-def _unreadable(url: str, error: OSError) -> UserError:
-    return UserError(
-        f"the shard {url} cannot be read ({error.strerror or error}): restore it, or change the shard pattern"
-    )
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        self._position = start + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        nbytes = max(0, min(len(buffer), self._size - self._position))
+        buffer[:nbytes] = read_range(self._url, self._position, nbytes)
+        self._position += nbytes
+        return nbytes

@@ -6,7 +6,9 @@ import fsspec
 import pytest
 
 from conf import UserError
-from data_pipelines.shards import expand_shards, open_shard, read_range, stat_shard
+from data_pipelines import retries
+from data_pipelines.shards import expand_shards, fetch_range, open_shard, read_range, stat_shard
+from tests.data_pipelines.faulty_server import FAULTS, serving
 
 
 def test_expand_path_glob_and_braces(tmp_path: Path) -> None:
@@ -54,3 +56,46 @@ def test_what_cannot_be_reached_is_named(url: str) -> None:
     for call in (stat_shard, open_shard, lambda url: read_range(url, 0, 1)):
         with pytest.raises(UserError, match=url):
             call(url)
+
+
+def test_ranges_and_versions_over_http(tmp_path: Path) -> None:
+    data = bytes(range(256)) * 10
+    (tmp_path / "a.tar").write_bytes(data)
+    (tmp_path / "empty.tar").touch()
+    with serving(tmp_path) as server:
+        url = f"{server.url}/a.tar"
+        stat = stat_shard(url)
+        assert (stat.size, stat.mtime_ns) == (len(data), 0)
+        assert stat.etag
+        assert read_range(url, 100, 300) == data[100:400]
+        past_the_end = fetch_range(url, 2500, 100)
+        assert (past_the_end.data, past_the_end.stat) == (data[2500:], stat)
+        assert fetch_range(url, 5000, 100).data == b""
+        assert stat_shard(f"{server.url}/empty.tar").size == 0
+        with open_shard(url) as stream:
+            assert stream.seek(-60, 2) == len(data) - 60
+            assert stream.read() == data[-60:]
+        (tmp_path / "a.tar").write_bytes(data[::-1])
+        assert stat_shard(url).size == stat.size
+        assert stat_shard(url).etag != stat.etag
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_failure_of_a_server_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    monkeypatch.setattr(retries, "FIRST_DELAY_S", 0.001)
+    (tmp_path / "a.tar").write_bytes(b"0123456789" * 100)
+    with serving(tmp_path) as server:
+        planned = iter([fault, fault, ""])
+        monkeypatch.setattr(server, "note", lambda wanted: next(planned))
+        fetched = fetch_range(f"{server.url}/a.tar", 10, 500, timeout_s=0.3)
+        assert fetched.data == b"0123456789" * 50
+        assert list(planned) == []
+
+
+def test_a_server_that_is_not_there_is_named_with_the_reason() -> None:
+    with pytest.raises(UserError, match=r"^the shard http://127\.0\.0\.1:9/a\.tar could not .* \(.*refused\): [^\n]*$"):
+        fetch_range("http://127.0.0.1:9/a.tar", 0, 1, retry_minutes=0)
+
+
+def test_a_question_mark_begins_the_query_of_a_web_address() -> None:
+    assert expand_shards("https://host/a.tar?signature=x") == ["https://host/a.tar?signature=x"]

@@ -37,6 +37,10 @@ class DataConfig:
     weight_unit: documents | tokens: what the weights of the sources share out.
     window_rows: a lane packs documents of about window_rows x seq_len tokens at a time.
     chunk_samples, chunk_mb: at most so much is read at a time. buffer_mb: encoded bytes held per rank.
+    prefetch_mb: chunks of remote shards that a worker fetches ahead; 0 = none.
+    cache_dir: folder on a local disk where a node keeps chunks of remote shards, at most cache_gb; "" = none.
+    request_timeout_s: for one read of up to 4 MiB. retry_minutes: how long a read that fails is tried again before the
+    run stops; with skip_unreachable its chunk is then passed over instead, for good in this epoch.
     """
 
     sources: dict[str, SourceConfig] = MISSING
@@ -54,6 +58,12 @@ class DataConfig:
     chunk_samples: int = 64
     chunk_mb: float = 4.0
     buffer_mb: int = 2048
+    prefetch_mb: int = 64
+    cache_dir: str = ""
+    cache_gb: float = 100.0
+    request_timeout_s: float = 60.0
+    retry_minutes: float = 10.0
+    skip_unreachable: bool = False
     max_image_megapixels: float = 64.0
     max_member_mb: float = 256.0
     max_text_characters: int = 100_000

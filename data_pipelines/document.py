@@ -102,12 +102,16 @@ class Cursor:
     """All the state of a lane: where to go on after a row.
 
     window: number of the window; row: rows of it already emitted;
-    sources: per source (q, offset) when the window began (unit sequence number, samples of that unit already read).
+    sources: per source (q, offset) when the window began (unit sequence number, samples of that unit already read);
+    unreachable: (source number, q) of the units that this window passed over because their store did not answer;
+    weights: of the sources in this window; () = those of the configuration, which may change between windows.
     """
 
     window: int
     row: int
     sources: tuple[tuple[int, int], ...]
+    unreachable: tuple[tuple[int, int], ...] = ()
+    weights: tuple[float, ...] = ()
 
 
 @dataclass
@@ -116,6 +120,7 @@ class PackedRow:
 
     images: uint8 [M, 3, H, W]; document_ok[i] is False when a picture of document i could not be decoded.
     skips: (source, reason) -> count since the lane's previous row.
+    unreachable: (source number, q) of the units that the lane passed over since its previous row.
     """
 
     lane: int
@@ -124,6 +129,7 @@ class PackedRow:
     images: torch.Tensor
     document_ok: list[bool]
     skips: dict[tuple[str, str], int] = field(default_factory=dict)
+    unreachable: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 
-import numpy as np
 import torch
 
 from data_pipelines.config import DataConfig
@@ -24,16 +23,19 @@ from data_pipelines.document import (
     Text,
     TokenizedDocument,
 )
-from data_pipelines.images import DecodeError
+from data_pipelines.headers import DecodeError
 from data_pipelines.mixture import Mixture, TokenShare
 from data_pipelines.order import permute
 from data_pipelines.packing import pack, tokenize_documents
-from data_pipelines.pictures import decode_pictures
-from data_pipelines.reader import SourceReader, SourceStream
+from data_pipelines.pictures import blank_images, decode_one_by_one
+from data_pipelines.reader import UNREACHABLE, SourceReader, SourceStream
+from data_pipelines.retries import UnreachableError
 from data_pipelines.tokenizer import Tokenizer
 
 DOCUMENTS_PER_DRAW = 32
 MIN_FIRST_WINDOW_ROWS = 8
+ROWS_AHEAD = 4
+"""So many rows before a window ends, the first chunks of the next one are fetched."""
 
 SkipCounts = Counter[tuple[str, str]]
 
@@ -59,10 +61,14 @@ class LaneSettings:
 
 @dataclass
 class Window:
-    """Packed rows of documents in the order in which they leave; positions: of the sources behind the window."""
+    """Packed rows of documents in the order in which they leave; positions: of the sources behind the window.
+
+    unreachable: (source number, q) of the units that were passed over.
+    """
 
     rows: list[list[TokenizedDocument]]
     positions: tuple[tuple[int, int], ...]
+    unreachable: tuple[tuple[int, int], ...]
     skips: SkipCounts
 
 
@@ -76,17 +82,32 @@ class Lane:
         self._window: Window | None = None
 
     def next_row(self) -> PackedRow:
+        if self._window is not None and self._cursor.row == len(self._window.rows) - ROWS_AHEAD:
+            self._expect(self._window.positions)
         while self._window is None:
             self._window = fill_window(self.number, self._cursor, self._settings)
+            self._cursor = dataclasses.replace(self._cursor, unreachable=self._window.unreachable)
             if not self._window.rows:  # small shares of tokens: each source put its first document back
                 self._advance(self._window)
         window, row = self._window, self._cursor.row
         documents, window.rows[row] = window.rows[row], []  # the encoded pictures are no longer held
         skips = Counter(window.skips) if row == 0 else Counter()
+        unreachable = window.unreachable if row == 0 else ()
         images, document_ok = self._decode(documents, skips)
         self._advance(window)
         emitted = [dataclasses.replace(document, pictures=None) for document in documents]
-        return PackedRow(self.number, self._cursor, emitted, images, document_ok, dict(skips))
+        return PackedRow(self.number, self._cursor, emitted, images, document_ok, dict(skips), unreachable)
+
+    def expect_window(self) -> None:
+        """Begin to fetch the chunks that the next row needs."""
+        self._expect(self._cursor.sources)
+
+    def _expect(self, positions: Sequence[tuple[int, int]]) -> None:
+        for reader, (q, _), weight in zip(
+            self._settings.readers, positions, self._settings.mixture.weights, strict=True
+        ):
+            if weight:
+                reader.expect(reader.units.unit(q).chunk)
 
     def _advance(self, window: Window) -> None:
         self._cursor = dataclasses.replace(self._cursor, row=self._cursor.row + 1)
@@ -97,29 +118,40 @@ class Lane:
     def _decode(self, documents: list[TokenizedDocument], skips: SkipCounts) -> tuple[torch.Tensor, list[bool]]:
         """Images uint8 [M, 3, H, W] of a row, blank where a picture is broken, and which documents are whole."""
         size, max_pixels = self._settings.image_size, int(self._settings.config.max_image_megapixels * 1e6)
-        pictures = [self._pictures_of(document) for document in documents]
-        decoded = iter(decode_pictures([p for several in pictures for p in several], size, max_pixels))
-        images = np.zeros((sum(map(len, pictures)), 3, size, size), np.uint8)
-        document_ok, position = [], 0
-        for document, several in zip(documents, pictures, strict=True):
-            reasons = []
-            for _ in several:
-                image = next(decoded)
-                if isinstance(image, DecodeError):
-                    reasons.append(image.reason)
-                else:
-                    images[position] = image
-                position += 1
-            document_ok.append(not reasons)
-            if reasons:
-                skips[document.key.source, reasons[0]] += 1
-        return torch.from_numpy(images), document_ok
+        images = blank_images(sum(len(document.image_starts) for document in documents), size)
+        pixels, position = images.numpy(), 0
+        places: list[tuple[int, int]] = []
+        pictures: list[Picture] = []
+        failures: list[tuple[int, int, str]] = []
+        for d, document in enumerate(documents):
+            several = self._pictures_of(document)
+            if several is None:
+                failures.append((d, position, UNREACHABLE))
+            places += [(d, position + i) for i in range(len(several or ()))]
+            pictures += several or ()
+            position += len(document.image_starts)
+        for place, image in decode_one_by_one(pictures, size, max_pixels):
+            d, position = places[place]
+            if isinstance(image, DecodeError):
+                failures.append((d, position, image.reason))
+            else:
+                pixels[position] = image
+        first_failures = {d: reason for d, _, reason in sorted(failures, reverse=True)}
+        skips.update((documents[d].key.source, reason) for d, reason in first_failures.items())
+        document_ok = [d not in first_failures for d in range(len(documents))]
+        return images, document_ok
 
-    def _pictures_of(self, document: TokenizedDocument) -> Sequence[Picture]:
+    def _pictures_of(self, document: TokenizedDocument) -> Sequence[Picture] | None:
+        """None where they would have to be read again and their store does not answer."""
         if document.pictures is not None:
             return document.pictures
         reader = next(r for r in self._settings.readers if r.name == document.key.source)
-        again = reader.document_of(document.key, document.epoch)
+        try:
+            again = reader.document_of(document.key, document.epoch)
+        except UnreachableError:
+            if not reader.skip_unreachable:
+                raise
+            return None
         assert isinstance(again, Document), "a source must be a pure function"
         return [e for e in again.elements if not isinstance(e, Text)][: len(document.image_starts)]
 
@@ -132,18 +164,20 @@ def fill_window(lane: int, cursor: Cursor, settings: LaneSettings) -> Window:
     """The window that a cursor stands in. Documents that cannot be used are replaced by their source's next ones."""
     config = settings.config
     streams = [
-        SourceStream(reader, config.lanes, position)
-        for reader, position in zip(settings.readers, cursor.sources, strict=True)
+        SourceStream(reader, config.lanes, position, (q for source, q in cursor.unreachable if source == number))
+        for number, (reader, position) in enumerate(zip(settings.readers, cursor.sources, strict=True))
     ]
+    mixture = Mixture(cursor.weights, config.seed) if cursor.weights else settings.mixture
     draw = _draw_by_tokens if config.weight_unit == "tokens" else _draw_by_documents
     documents: list[TokenizedDocument] = []
     free_bytes = settings.buffer_bytes
-    for document in draw(lane, cursor.window, streams, settings):
+    for document in draw(lane, cursor.window, streams, mixture, settings):
         free_bytes -= _hold(document, free_bytes)
         documents.append(document)
     return Window(
         rows=_shuffled_rows(lane, cursor.window, documents, config),
         positions=tuple(stream.position for stream in streams),
+        unreachable=tuple((number, q) for number, stream in enumerate(streams) for q in sorted(stream.unreachable)),
         skips=Counter({(s.reader.name, reason): n for s in streams for reason, n in s.skips.items()}),
     )
 
@@ -157,24 +191,30 @@ def _window_tokens(lane: int, window: int, config: DataConfig) -> int:
 
 
 def _draw_by_documents(
-    lane: int, window: int, streams: list[SourceStream], settings: LaneSettings
+    lane: int, window: int, streams: list[SourceStream], mixture: Mixture, settings: LaneSettings
 ) -> Iterator[TokenizedDocument]:
     num_drawn, num_tokens = 0, 0
-    while num_tokens < _window_tokens(lane, window, settings.config):
+    num_wanted = _window_tokens(lane, window, settings.config)
+    while num_tokens < num_wanted:
+        for stream in streams if num_tokens else ():
+            stream.read_ahead(num_tokens / num_wanted)
         numbers = range(num_drawn, num_drawn + DOCUMENTS_PER_DRAW)
-        for document in _draw([streams[settings.mixture.source(lane, window, n)] for n in numbers], settings):
+        for document in _draw([streams[mixture.source(lane, window, n)] for n in numbers], settings):
             num_tokens += len(document.input_ids)
             yield document
         num_drawn += DOCUMENTS_PER_DRAW
 
 
 def _draw_by_tokens(
-    lane: int, window: int, streams: list[SourceStream], settings: LaneSettings
+    lane: int, window: int, streams: list[SourceStream], mixture: Mixture, settings: LaneSettings
 ) -> Iterator[TokenizedDocument]:
     """The next document is always that of the source whose share it fills least."""
     num_tokens = _window_tokens(lane, window, settings.config)
-    shares = [settings.mixture.token_share(lane, window, source, num_tokens) for source in range(len(streams))]
-    drawn = [_draw_share(stream, share, settings) for stream, share in zip(streams, shares, strict=True)]
+    drawn = [
+        _draw_share(stream, mixture.token_share(lane, window, number, num_tokens), settings)
+        for number, stream in enumerate(streams)
+        if mixture.weights[number]
+    ]
     return (document for _, document in heapq.merge(*drawn, key=itemgetter(0)))
 
 
@@ -190,6 +230,8 @@ def _draw_share(
                 stream.go_back(mark)
                 return
             yield share.fraction, document
+        if share.fraction:
+            stream.read_ahead(share.fraction)
 
 
 def _draw(wanted: list[SourceStream], settings: LaneSettings) -> Iterator[TokenizedDocument]:

@@ -8,7 +8,6 @@ therefore changes no row. No state of a worker is ever saved: every row carries 
 from __future__ import annotations
 
 import atexit
-import ctypes
 import dataclasses
 import functools
 import hashlib
@@ -16,9 +15,8 @@ import itertools
 import json
 import os
 import signal
-import sys
 import weakref
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +24,18 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from conf import UserError
+from data_pipelines.chunk_fetcher import ChunkFetcher
 from data_pipelines.config import DataConfig, SourceConfig
 from data_pipelines.document import Batch, Cursor, Document, PackedRow, SampleKey
 from data_pipelines.index import Index, open_index
 from data_pipelines.index_builder import build_index
 from data_pipelines.lane import Lane, LaneSettings, first_cursor
 from data_pipelines.packing import collate
+from data_pipelines.pictures import join_images
+from data_pipelines.processes import end_with_parent
 from data_pipelines.reader import SourceReader
 from data_pipelines.tokenizer import Tokenizer
 
-PR_SET_PDEATHSIG = 1
 ORDER_SETTINGS = (
     "seed",
     "lanes",
@@ -68,10 +68,25 @@ def index_path(config: DataConfig, source: str) -> Path:
     )
 
 
-def open_indexes(config: DataConfig, build_missing: bool) -> dict[str, Index]:
-    """Index of each source with a weight; one that does not exist yet is built first where `build_missing`."""
+def run_sources(config: DataConfig, begun: Sequence[str]) -> list[str]:
+    """Sources of a run in the order of their numbers: first those that it has begun to read, then what was added.
+
+    Raises UserError when one that was begun is gone: the window that a lane stands in still needs it.
+    """
+    for name in begun:
+        if name not in config.sources:
+            raise UserError(
+                f"the run has begun to read the source {name!r}, which data.sources no longer has: keep it, with "
+                f"data.sources.{name}.weight=0 if it shall not be read any more"
+            )
+    return [*begun, *(name for name in training_sources(config) if name not in begun)]
+
+
+def open_indexes(config: DataConfig, build_missing: bool, begun: Sequence[str] = ()) -> dict[str, Index]:
+    """Index of each of `run_sources`; one that does not exist yet is built first where `build_missing`."""
     indexes = {}
-    for name, source in training_sources(config).items():
+    for name in run_sources(config, begun):
+        source = config.sources[name]
         path = index_path(config, name)
         if build_missing and not path.exists():
             build_index(name, source.shards, path, chunk_samples=config.chunk_samples, chunk_mb=config.chunk_mb)
@@ -110,7 +125,8 @@ class Loader:
     """Endless micro-batches of one data-parallel rank, from `cursors` (lane -> cursor, None = the beginning) on.
 
     indexes: as `open_indexes` gives them. image_size: of the pictures, in pixels. Every iteration starts at `cursors`;
-    a batch's own cursors tell how far its consumer has come.
+    a batch's own cursors tell how far its consumer has come. unreachable_log: file for what
+    `data.skip_unreachable` passes over, a JSON line a unit.
     """
 
     def __init__(
@@ -124,15 +140,17 @@ class Loader:
         dp_rank: int,
         dp_size: int,
         cursors: dict[int, Cursor] | None = None,
+        unreachable_log: Path | None = None,
     ) -> None:
-        self._config, self._tokenizer = config, tokenizer
+        self._config, self._tokenizer, self._unreachable_log = config, tokenizer, unreachable_log
         self.source_names = list(indexes)
         num_lanes = config.lanes // dp_size
         lanes = range(dp_rank * num_lanes, (dp_rank + 1) * num_lanes)
         self.cursors = {lane: cursors[lane] if cursors else first_cursor(lane, len(indexes)) for lane in lanes}
-        readers = [SourceReader(name, config, index) for name, index in indexes.items()]
+        fetcher = ChunkFetcher(config)
+        self._readers = [SourceReader(name, config, index, fetcher) for name, index in indexes.items()]
         buffer_bytes = config.buffer_mb * 2**20 // num_lanes
-        settings = LaneSettings(config, readers, tokenizer, num_queries, image_size, buffer_bytes)
+        settings = LaneSettings(config, self._readers, tokenizer, num_queries, image_size, buffer_bytes)
         self._rows = _LaneRows(settings, self.cursors, config.micro_batch_rows)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -147,9 +165,17 @@ class Loader:
             while True:
                 slots = dict(itertools.chain.from_iterable(_rows_of(next(items)) for _ in range(num_streams)))
                 rows = [slots[slot] for slot in sorted(slots)]
+                self._log_unreachable(rows)
                 yield collate(rows, self._config.seq_len, self._tokenizer.pad, self.source_names)
         finally:
             del items  # ends the workers, even where a traceback keeps this frame
+
+    def _log_unreachable(self, rows: list[PackedRow]) -> None:
+        """Written as whole lines to the end of the file, which all ranks share."""
+        units = [(row.lane, self._readers[source], q) for row in rows for source, q in row.unreachable]
+        if units and self._unreachable_log is not None:
+            with self._unreachable_log.open("a") as file:
+                file.write("".join(json.dumps(_told(lane, reader, q)) + "\n" for lane, reader, q in units))
 
     def _open_workers(self) -> DataLoader:
         """Batches come round-robin: item j of every worker, in worker order, before item j + 1 of any."""
@@ -167,6 +193,21 @@ class Loader:
         )
 
 
+def _told(lane: int, reader: SourceReader, q: int) -> dict[str, str | int]:
+    """Where the samples lie that a lane passed over with unit q."""
+    unit = reader.units.unit(q)
+    chunk = reader.index.chunk(unit.chunk)
+    return {
+        "source": reader.name,
+        "shard": reader.index.url(chunk.shard),
+        "first_sample": chunk.first_sample + unit.first,
+        "num_samples": unit.last - unit.first,
+        "epoch": unit.epoch,
+        "lane": lane,
+        "q": q,
+    }
+
+
 class _LaneRows(IterableDataset):
     """Item j of worker w of W: the rows of micro-batch j that come from its lanes, every W-th of the rank's."""
 
@@ -181,6 +222,8 @@ class _LaneRows(IterableDataset):
             for position, lane in enumerate(sorted(self._cursors))
             if position % step == first
         }
+        for lane_rows in lanes.values():
+            lane_rows.expect_window()
         try:
             for j in itertools.count():
                 slots = range(j * self._num_rows, (j + 1) * self._num_rows)
@@ -194,7 +237,7 @@ class _LaneRows(IterableDataset):
 
 def _worker_item(rows: list[tuple[int, PackedRow]]) -> WorkerItem:
     """One tensor an item: each costs a file descriptor on its way to the main process."""
-    images = torch.cat([row.images for _, row in rows]) if rows else NO_IMAGES
+    images = join_images([row.images for _, row in rows]) if rows else NO_IMAGES
     return [(slot, dataclasses.replace(row, images=NO_IMAGES)) for slot, row in rows], images
 
 
@@ -225,7 +268,4 @@ def _outlive_signals(rank_pid: int, _: int) -> None:
     """Workers serve the last micro-batches before a stop that a signal asked for, and die with their rank."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != rank_pid:  # it was gone before prctl
-        os._exit(1)
+    end_with_parent(rank_pid)

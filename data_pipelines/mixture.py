@@ -21,6 +21,7 @@ class Mixture:
     """
 
     def __init__(self, weights: Sequence[float], seed: int) -> None:
+        self.weights = tuple(weights)
         shares = [Fraction(weight) for weight in weights]
         self._shares = [share / sum(shares) for share in shares]
         self._thresholds = [int(cumulated * 2**64) for cumulated in accumulate(self._shares)]

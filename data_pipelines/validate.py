@@ -20,6 +20,8 @@ POSITIVE = (
     "max_image_megapixels",
     "max_member_mb",
     "max_text_characters",
+    "cache_gb",
+    "request_timeout_s",
 )
 
 
@@ -28,7 +30,7 @@ def validate_batching(config: DataConfig, dp_size: int, num_queries: int) -> Non
     for name in POSITIVE:
         if getattr(config, name) <= 0:
             raise UserError(f"data.{name}={getattr(config, name)} must be positive")
-    for name in ("num_workers", "buffer_mb", "seed"):
+    for name in ("num_workers", "buffer_mb", "prefetch_mb", "retry_minutes", "seed"):
         if getattr(config, name) < 0:
             raise UserError(f"data.{name}={getattr(config, name)} must not be negative")
     _validate_sizes(config, dp_size, num_queries)

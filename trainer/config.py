@@ -5,29 +5,21 @@ No torch here: launchers compose configurations on login nodes.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
 from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-import conf
 from conf import UserError
+from conf.composing import compose_object
 from data_pipelines.config import DataConfig
 from data_pipelines.tokenizer import Tokenizer
 from data_pipelines.validate import validate_batching
 from models.config import ModelConfig, ObjectiveConfig
 
-CONF_DIR = str(Path(conf.__file__).resolve().parent)
-NOISE = ("full_key:", "object_type=", "reference_type=", "Config search path", "provider=", "^", "See https://")
-"""Lines of Hydra's messages that tell a user nothing."""
 LEAST = {
     "total_steps": 1,
     "stop_after_step": 0,
@@ -146,34 +138,15 @@ def register_schemas() -> None:
 def compose_config(overrides: list[str], name: str = "pretrain") -> PretrainConfig:
     """Compose `conf/<name>.yaml` with command-line overrides. UserError on an unknown key or a wrong type."""
     register_schemas()
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(config_dir=CONF_DIR, version_base="1.3"):
-            return to_dataclass(compose(config_name=name, overrides=overrides))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(one_sentence(error)) from error
+    config = compose_object(name, overrides)
+    assert isinstance(config, PretrainConfig)
+    return config
 
 
 def to_dataclass(composed: Any) -> PretrainConfig:
     config = OmegaConf.to_object(composed)
     assert isinstance(config, PretrainConfig)
     return config
-
-
-def one_sentence(error: Exception) -> str:
-    """Hydra's and OmegaConf's messages in a line, with the key where they know it, and how to mend it."""
-    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    key = getattr(cause, "full_key", None)
-    variable = re.search(r"Environment variable '(\w+)' not found", str(cause))
-    if variable:
-        name = variable[1]
-        return f"{key} needs the environment variable {name}, which is not set: export {name}=FOLDER, or override {key}"
-    if isinstance(cause, ConfigKeyError) and "is not in struct" in str(cause):
-        return f"{key} does not exist yet: check its name, or put a + before it to add it"
-    lines = [line.strip() for line in str(cause).splitlines()]
-    text = " ".join(line for line in lines if line and not line.startswith(NOISE))
-    where = f" at {key}" if key and key not in text else ""
-    return f"{text.rstrip('.')}{where}: see all keys and their values with python -m trainer.pretrain --cfg job"
 
 
 def choose(key: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -74,7 +74,7 @@ def loss_metrics(sums: StepSums, source_names: list[str]) -> dict[str, float]:
     for modality in ("text", "image"):
         losses, targets = sums.values[f"{modality}_loss"], sums.values[f"{modality}_targets"]
         metrics[f"loss/{modality}"] = float(losses.sum() / targets.sum().clamp(min=1))
-        for name, loss, count in zip(source_names, losses, targets, strict=True):
+        for name, loss, count in zip(source_names, losses, targets, strict=False):  # those without weight have no name
             if count > 0:
                 metrics[f"loss/{modality}/{name}"] = float(loss / count)
                 metrics[f"targets/{modality}/{name}"] = int(count)

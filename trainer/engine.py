@@ -16,7 +16,6 @@ from deepspeed import DeepSpeedEngine
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
-from data_pipelines.loader import training_sources
 from models.emu import Emu, gradient_keeping_graph
 from models.weights.eva_clip import load_vision_encoder
 from trainer.config import OptimConfig, ParallelConfig, PretrainConfig
@@ -68,7 +67,7 @@ def _free_port() -> int:
 
 def build_model(config: PretrainConfig) -> Emu:
     """The model with its starting weights, on the CPU in fp32."""
-    model = Emu(config.model, config.objective, num_sources=len(training_sources(config.data)))
+    model = Emu(config.model, config.objective, num_sources=len(config.data.sources))
     if config.init.vision_encoder:
         load_vision_encoder(model.vision_encoder, config.init.vision_encoder)
     return model

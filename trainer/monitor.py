@@ -41,6 +41,10 @@ class Monitor:
         self.started = (time.monotonic(), step)
         print(f"attempt {self.attempt}: from step {step} of {total_steps} on {world_size} x {device}", flush=True)
 
+    def order_changed(self, step: int, changes: list[str]) -> None:
+        self.event("order_changed", step, changes=changes)
+        log.warning("from step %d on the data order is another: %s", step + 1, "; ".join(changes))
+
     def step(self, step: int, total_steps: int, values: dict[str, Any]) -> None:
         self.metrics.write(json.dumps({"attempt": self.attempt, "step": step, **values}) + "\n")
         if "embedding_spread" in values:

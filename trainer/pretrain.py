@@ -23,18 +23,19 @@ from deepspeed import DeepSpeedEngine
 from omegaconf import DictConfig
 
 from conf import UserError, run_cli
+from conf.composing import CONF_DIR
 from data_pipelines.document import Batch
 from data_pipelines.loader import Loader, fingerprint, open_indexes
 from data_pipelines.tokenizer import Tokenizer
 from models.objective import effective_rank
 from trainer import run_folder
 from trainer.check import check
-from trainer.config import CONF_DIR, PretrainConfig, fill_vocabulary, register_schemas, to_dataclass, validate
+from trainer.config import PretrainConfig, fill_vocabulary, register_schemas, to_dataclass, validate
 from trainer.diagnostics import collapse_metrics, loss_metrics
 from trainer.engine import build_engine, init_distributed, set_process_options
 from trainer.loop import StepResult, fetch, fill_of, training_step
 from trainer.monitor import Monitor, quiet_libraries
-from trainer.state import TrainState, due, from_rank_0, resume, sample_counts, save
+from trainer.state import TrainState, due, find_checkpoint, from_rank_0, resume, sample_counts, save
 from trainer.stop import STOPPED_BY_SIGNAL, StopRequest
 from trainer.topology import Topology
 
@@ -80,14 +81,18 @@ def run_steps(
 ) -> tuple[int, str]:
     """Set up, resume, and step until something says stop: (exit code, reason)."""
     num_queries = config.model.causal_transformer.num_queries
-    from_rank_0(topology, lambda: bool(open_indexes(config.data, build_missing=True)))
-    indexes = open_indexes(config.data, build_missing=False)
+    checkpoint, begun = find_checkpoint(config, topology)
+    from_rank_0(topology, lambda: bool(open_indexes(config.data, build_missing=True, begun=begun)))
+    indexes = open_indexes(config.data, build_missing=False, begun=begun)
     order = fingerprint(config.data, indexes, tokenizer, num_queries)
     engine = build_engine(config, topology)
-    state = resume(config, engine, order, topology)
+    sources = list(indexes)
+    state = resume(checkpoint, config, engine, order, sources, topology) if checkpoint else TrainState()
     if monitor is not None:
         run_folder.keep_tokenizer(Path(config.run_dir), Path(config.data.tokenizer))
         monitor.start(state.step, config.total_steps, topology.world_size, engine.device.type)
+        if state.changes:
+            monitor.order_changed(state.step, state.changes)
     loader = Loader(
         config.data,
         indexes,
@@ -97,17 +102,18 @@ def run_steps(
         dp_rank=topology.dp_rank,
         dp_size=topology.dp_size,
         cursors=state.cursors,
+        unreachable_log=Path(config.run_dir, "unreachable.jsonl") if topology.tp_rank == 0 else None,
     )
     stream = iter(loader)
     first_step, saved_step = state.step, state.step
     last_step = min(config.total_steps, config.stop_after_step or config.total_steps)
     while state.step < last_step and not stop.agreed(topology, engine.device):
-        one_step(config, engine, stream, state, topology, monitor, loader.source_names)
+        one_step(config, engine, stream, state, topology, monitor, sources)
         if due(state.step, config.checkpoint.every_steps) or due(state.step, config.checkpoint.permanent_every_steps):
-            save(config, engine, state, order, topology)
+            save(config, engine, state, order, sources, topology)
             saved_step = state.step
     if saved_step < state.step:
-        save(config, engine, state, order, topology)
+        save(config, engine, state, order, sources, topology)
     if state.step < last_step:
         return STOPPED_BY_SIGNAL, f"stopped by a signal after step {state.step}"
     return 0, f"trained from step {first_step} to {state.step} of {config.total_steps}"

@@ -6,6 +6,7 @@
 <run>/lock             held while a run writes here
 <run>/pids/            process numbers of the ranks, for the launcher's signals
 <run>/exit.json        {"code", "reason"} of the newest attempt
+<run>/unreachable.jsonl  what data.skip_unreachable passed over, a line a unit
 """
 
 from __future__ import annotations

@@ -28,7 +28,8 @@ T = TypeVar("T")
 class TrainState:
     """Steps done, where each lane of this rank goes on, the objective's memory, and what this rank has trained on.
 
-    samples: documents by source. skips: samples passed over, by (source, reason).
+    samples: documents by source. skips: samples passed over, by (source, reason). changes: of the data order, made when
+    the run was last resumed.
     """
 
     step: int = 0
@@ -36,6 +37,7 @@ class TrainState:
     variance: TargetVariance = field(default_factory=TargetVariance)
     samples: Counter[str] = field(default_factory=Counter)
     skips: Counter[tuple[str, str]] = field(default_factory=Counter)
+    changes: list[str] = field(default_factory=list)
 
     def record(self, batches: list[Batch]) -> None:
         """Move the lanes on to what has now been *trained*; prefetched rows do not count."""
@@ -79,16 +81,21 @@ def save(
     engine: DeepSpeedEngine,
     state: TrainState,
     order: dict[str, str],
+    sources: list[str],
     topology: Topology,
 ) -> Path:
-    """Write a checkpoint of `state` and remove rolling ones beyond checkpoint.keep. Collective."""
+    """Write a checkpoint of `state` and remove rolling ones beyond checkpoint.keep. Collective.
+
+    sources: their names in the order of the cursors.
+    """
     cursors: list[Any] = [state.cursors]
     if topology.dp_size > 1:
         cursors = [None] * topology.dp_size
         dist.all_gather_object(cursors, state.cursors, group=topology.dp_group)
     lanes = {lane: cursor for of_rank in cursors for lane, cursor in of_rank.items()}
     shared = {
-        "cursors": {str(lane): [c.window, c.row, c.sources] for lane, c in sorted(lanes.items())},
+        "cursors": {str(lane): asdict(cursor) for lane, cursor in sorted(lanes.items())},
+        "sources": {name: config.data.sources[name].weight for name in sources},
         "target_variance": state.variance.value,
         **sample_counts(state, topology),
         "order": order,
@@ -105,30 +112,41 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def resume(config: PretrainConfig, engine: DeepSpeedEngine, order: dict[str, str], topology: Topology) -> TrainState:
-    """State of the run folder's newest whole checkpoint, weights and optimizer put into `engine`; or a new state."""
+def find_checkpoint(config: PretrainConfig, topology: Topology) -> tuple[Path | None, list[str]]:
+    """The run folder's newest whole checkpoint, and the sources that it has begun to read; None, [] in a new run."""
     path = from_rank_0(topology, lambda: find_latest(Path(config.run_dir)))
     if path is None:
-        return TrainState()
+        return None, []
     if config.checkpoint.resume == "never":
         raise UserError(
             f"run_dir={config.run_dir} has checkpoints and checkpoint.resume=never: choose another folder, or "
             f"checkpoint.resume=auto to go on"
         )
+    return path, list(read_state(path).state["sources"])
+
+
+def resume(
+    path: Path,
+    config: PretrainConfig,
+    engine: DeepSpeedEngine,
+    order: dict[str, str],
+    sources: list[str],
+    topology: Topology,
+) -> TrainState:
+    """State of a checkpoint, weights and optimizer put into `engine`. sources: as `run_sources` gives them."""
     saved = read_state(path)
-    _check_order(path, saved.state["order"], order, config.checkpoint)
+    changes = _check_order(path, saved.state["order"], order, config.checkpoint)
     load_checkpoint(path, engine, topology)
     own = read_rank_state(path, topology)
     if own is not None:
         torch.set_rng_state(torch.frombuffer(bytearray.fromhex(own["torch_rng"]), dtype=torch.uint8))
-    return _restore(saved.step, saved.state, topology)
+    weights = {name: config.data.sources[name].weight for name in sources}
+    return _restore(saved.step, saved.state, weights, changes, topology)
 
 
-def _restore(step: int, saved: dict[str, Any], topology: Topology) -> TrainState:
-    cursors = {
-        int(lane): Cursor(window, row, tuple((q, offset) for q, offset in sources))
-        for lane, (window, row, sources) in saved["cursors"].items()
-    }
+def _restore(
+    step: int, saved: dict[str, Any], weights: dict[str, float], changes: list[str], topology: Topology
+) -> TrainState:
     samples: Counter[str] = Counter()
     skips: Counter[tuple[str, str]] = Counter()
     if topology.rank == 0:
@@ -136,22 +154,38 @@ def _restore(step: int, saved: dict[str, Any], topology: Topology) -> TrainState
         for name, count in saved["skips"].items():
             source, _, reason = name.partition(": ")
             skips[source, reason] = count
-    own_lanes = len(cursors) // topology.dp_size
+    own_lanes = len(saved["cursors"]) // topology.dp_size
     first = topology.dp_rank * own_lanes
-    mine = {lane: cursors[lane] for lane in range(first, first + own_lanes)}
-    return TrainState(step, mine, TargetVariance(saved["target_variance"]), samples, skips)
+    lanes = range(first, first + own_lanes)
+    cursors = {lane: _restore_cursor(lane, saved["cursors"][str(lane)], saved["sources"], weights) for lane in lanes}
+    return TrainState(step, cursors, TargetVariance(saved["target_variance"]), samples, skips, changes)
 
 
-def _check_order(path: Path, saved: dict[str, str], now: dict[str, str], config: CheckpointConfig) -> None:
-    changed = [
+def _restore_cursor(lane: int, saved: dict[str, Any], then: dict[str, float], now: dict[str, float]) -> Cursor:
+    """A lane reads the window in which it stands to its end by the weights of then (by source), the next by those of
+    now. Sources that were added stand at their beginning."""
+    num_added = len(now) - len(then)
+    weights: tuple[float, ...] = ()
+    if saved["row"] > 0 and (saved["weights"] or then != now):
+        weights = (*(saved["weights"] or then.values()), *[0.0] * num_added)
+    sources = (*map(tuple, saved["sources"]), *[(lane, 0)] * num_added)
+    return Cursor(saved["window"], saved["row"], sources, tuple(map(tuple, saved["unreachable"])), weights)
+
+
+def _check_order(path: Path, saved: dict[str, str], now: dict[str, str], config: CheckpointConfig) -> list[str]:
+    """What the data order depends on and has changed since, if that is allowed."""
+    changes = [
         f"{key} was {saved.get(key, 'absent')} and is {now.get(key, 'absent')}"
         for key in sorted(saved.keys() | now.keys())
         if saved.get(key) != now.get(key)
     ]
-    if changed and not config.allow_changes:
+    if saved["data.lanes"] != now["data.lanes"]:
         raise UserError(
-            f"{path} was written with another data order ({'; '.join(changed[:4])}): restore these settings, choose "
+            f"{path}: data.lanes was {saved['data.lanes']} and is {now['data.lanes']}: it is fixed for a run"
+        )
+    if changes and not config.allow_changes:
+        raise UserError(
+            f"{path} was written with another data order ({'; '.join(changes[:4])}): restore these settings, choose "
             f"another run_dir, or set checkpoint.allow_changes=true"
         )
-    if changed:
-        log.warning("the data order changes at this point of the run: %s", "; ".join(changed))
+    return changes

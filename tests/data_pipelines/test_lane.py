@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -296,11 +297,10 @@ def test_a_shard_that_changed_under_the_index_is_an_error(
     config = make_config(tmp_path, tokenizer_path)
     settings = make_settings(config, tokenizer)
     shard = Path(settings.readers[1].index.url(0))
-    data = bytearray(shard.read_bytes())
+    data, stat = bytearray(shard.read_bytes()), shard.stat()
     data[: len(data) // 2] = bytes(len(data) // 2)
     shard.write_bytes(bytes(data))
-    for reader in settings.readers:
-        reader.index._checked.update(range(reader.index.num_shards))
+    os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # neither size nor time tells
     with pytest.raises(UserError, match=r"does not hold at byte .* run python -m data_pipelines"):
         for number in range(4):
             make_lane(settings, number).next_row()

@@ -11,9 +11,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from conf import UserError
+from conf.composing import CONF_DIR, one_sentence
 from tests.trainer.tiny_job import environment, overrides, run_command
 from trainer.check import check
-from trainer.config import CONF_DIR, PretrainConfig, compose_config, fill_vocabulary, one_sentence, validate
+from trainer.config import PretrainConfig, compose_config, fill_vocabulary, validate
 
 GROUPS = ("model", "data", "objective", "optim", "parallel", "checkpoint", "monitor", "experiment")
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted(Path(CONF_DIR, group).glob("*.yaml"))]

@@ -13,7 +13,7 @@ import numpy as np
 
 from data_pipelines.config import DataConfig
 from data_pipelines.document import Document, Element, Frame, Image, RawSample, Text
-from data_pipelines.images import check_image
+from data_pipelines.headers import check_image
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 SOUND_NOTE = re.compile(r"\[[^\[\]]*\]|[\u2669-\u266c]")

@@ -44,18 +44,23 @@ def read_laion(sample: RawSample, rng: np.random.Generator, options: LaionOption
 
 def _filter(meta: dict[str, Any], options: LaionOptions) -> None:
     drop_missing = options.missing_fields == "drop"
-    lower = {"similarity": options.min_similarity}
-    upper = {"punsafe": options.max_punsafe, "pwatermark": options.max_pwatermark}
-    for name, bound in (lower | upper).items():
-        if bound is None:
-            continue
-        value = _number(meta.get(name))
-        if value is None:
-            if drop_missing:
-                raise SampleError(f"filtered: no {name}")
-        elif value < bound if name in lower else value > bound:
-            raise SampleError(f"filtered: {name}")
+    _filter_number(meta, "similarity", options.min_similarity, drop_missing, is_least=True)
+    _filter_number(meta, "punsafe", options.max_punsafe, drop_missing)
+    _filter_number(meta, "pwatermark", options.max_pwatermark, drop_missing)
     _filter_nsfw(meta.get("NSFW"), options.drop_nsfw, drop_missing)
+
+
+def _filter_number(
+    meta: dict[str, Any], name: str, bound: float | None, drop_missing: bool, is_least: bool = False
+) -> None:
+    if bound is None:
+        return
+    value = _number(meta.get(name))
+    if value is None:
+        if drop_missing:
+            raise SampleError(f"filtered: no {name}")
+    elif value < bound if is_least else value > bound:
+        raise SampleError(f"filtered: {name}")
 
 
 def _filter_nsfw(label: Any, dropped: list[str], drop_missing: bool) -> None:

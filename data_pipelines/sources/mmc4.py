@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_pipelines.document import Document, Image, RawSample
-from data_pipelines.images import check_image
+from data_pipelines.headers import check_image
 from data_pipelines.sources.common import (
     IMAGE_EXTENSIONS,
     Limits,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_pipelines.document import Document, Image, RawSample
-from data_pipelines.images import DecodeError, box_is_inside, header_size
+from data_pipelines.headers import DecodeError, box_is_inside, header_size
 from data_pipelines.sources.common import Limits, SampleError, check_at_least, join_texts
 from data_pipelines.sources.storyboard_forms import Timeline, read_timeline
 

@@ -1,7 +1,8 @@
 """The three ways in which storyboards are stored, read into one timeline.
 
-Raw: <id>.json and whole sheets <id>.sb_{i}.webp. Emu's maker, two forms: <id>.final_meta.json with whole sheets
-<id>.sb_{i}.webp, or with single frames <id>.{i}.png, each with <id>.{i}.txt, what is said before it.
+Raw: <id>.json and whole sheets <id>.sb_{i}.webp; subtitles in the json, else in <id>.json3 (vtt, srt). Emu's maker,
+two forms: <id>.final_meta.json with whole sheets <id>.sb_{i}.webp, or with single frames <id>.{i}.png, each with
+<id>.{i}.txt, what is said before it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 
 from data_pipelines.document import Image, RawSample
 from data_pipelines.sources.common import SampleError, clean_subtitle, parse_json
+from data_pipelines.subtitles import FORMATS, parse_subtitles
 
 FRAME_MEMBER = re.compile(r"(\d{1,6})\.(?:png|jpg|jpeg|webp)")
 TEXT_MEMBER = re.compile(r"(\d{1,6})\.txt")
@@ -68,7 +70,15 @@ def _read_raw_form(sample: RawSample) -> Timeline:
     tile = (board["tile_width"], board["tile_height"])
     sheets = [Sheet(grid["columns"], grid["rows"], grid["count"], *tile) for grid in board["sheets"]]
     interval = board.get("interval")
-    return _read_sheets(sample, sheets, interval, meta.get("duration"), meta.get("subtitles") or [])
+    subtitles = meta.get("subtitles") or _subtitle_member(sample)
+    return _read_sheets(sample, sheets, interval, meta.get("duration"), subtitles)
+
+
+def _subtitle_member(sample: RawSample) -> list[dict[str, Any]]:
+    """Lines of <id>.json3, <id>.vtt or <id>.srt, for makers that keep the subtitles as they were downloaded."""
+    form = next((form for form in FORMATS if form in sample.members), None)
+    lines = parse_subtitles(sample.members[form].decode("utf-8-sig", "replace"), form) if form else []
+    return [line._asdict() for line in lines]
 
 
 def _read_emu_sheets(sample: RawSample) -> Timeline:
@@ -90,7 +100,7 @@ def _read_sheets(
     members = _numbered_members(sample, SHEET_MEMBER)
     times: list[float] = []
     pictures: list[Image] = []
-    step = interval if interval and interval > 0 else _frame_interval(duration, sum(counts))
+    step = interval if interval and interval > 0 else frame_interval(duration, sum(counts))
     for number, (sheet, count, first) in enumerate(zip(sheets, counts, first_frames, strict=False)):
         if number in members:
             pictures += [Image(members[number], _tile_box(sheet, tile)) for tile in range(count)]
@@ -99,7 +109,7 @@ def _read_sheets(
     return Timeline(pictures, _merge_texts(times, spoken))
 
 
-def _frame_interval(duration: float | None, num_frames: int) -> float:
+def frame_interval(duration: float | None, num_frames: int) -> float:
     """Seconds between frames where the maker kept none: Emu's rule (whole seconds), exact below one second."""
     if not (duration and duration > 0 and num_frames):
         raise SampleError("no duration")

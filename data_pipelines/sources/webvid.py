@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_pipelines.document import Document, Frame, RawSample
+from data_pipelines.headers import check_video
 from data_pipelines.sources.common import (
     Limits,
     SampleError,
@@ -19,7 +20,6 @@ from data_pipelines.sources.common import (
     read_caption,
     with_caption,
 )
-from data_pipelines.video import check_video
 
 VIDEO_EXTENSIONS = ("mp4", "webm", "mkv", "mov", "avi")
 

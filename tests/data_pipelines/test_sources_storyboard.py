@@ -11,7 +11,7 @@ from data_pipelines.config import DataConfig
 from data_pipelines.document import Image, RawSample, Skip, Text
 from data_pipelines.images import decode_image
 from data_pipelines.sources.common import clean_subtitle
-from tests.data_pipelines.sources_helpers import document, encode, picture, rng, sample, shape, source, texts
+from tests.data_pipelines.sources_helpers import document, encode, picture, rng, sample, shape, source, texts, to_bytes
 
 TILE = (16, 12)
 
@@ -110,6 +110,18 @@ def test_split_form_is_in_numeric_order() -> None:
     without_frame_10 = {name: data for name, data in in_tar_order.members.items() if name != "10.png"}
     expected.remove(10)
     assert read(RawSample("0", without_frame_10), max_frames=12) == expected
+
+
+@pytest.mark.parametrize("form", ["vtt", "srt", "json3"])
+def test_subtitles_in_a_member_of_their_own(form: str) -> None:
+    events = {"events": [{"tStartMs": 2500, "dDurationMs": 10, "segs": [{"utf8": "x"}]}]}
+    spoken = {"json3": events, "vtt": "WEBVTT\n\n00:02.500 --> 00:03.000\nx\n"}
+    spoken["srt"] = "1\r\n00:00:02,500 --> 00:00:03,000\r\nx\r\n"
+    raw = raw_form(3, [])
+    assert read(RawSample("0", {**raw.members, form: to_bytes(spoken[form])})) == [0, 1, "x", 2]
+    assert reason(RawSample("0", {**raw.members, form: b"{"})) in ("malformed sample", "no subtitles")
+    in_json = raw_form(3, lines((0.5, "json")))
+    assert read(RawSample("0", {**in_json.members, form: to_bytes(spoken[form])})) == [0, "json", 1, 2]
 
 
 def test_windows_are_contiguous_and_never_silent() -> None:

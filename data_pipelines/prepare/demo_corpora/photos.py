@@ -88,7 +88,7 @@ def samples(count: int, seed: int) -> Iterator[Sample]:
         rng = rng_of("photos", seed, number)
         name, box, captions = VIEWS[number % len(VIEWS)]
         if name not in pictures:
-            pictures[name] = _open(name)
+            pictures[name] = load_photo(name)
         picture = pictures[name]
         margins = [rng.uniform(0, MARGIN) for _ in box]
         left, upper, right, lower = box
@@ -106,7 +106,8 @@ def samples(count: int, seed: int) -> Iterator[Sample]:
         yield Sample(f"{number:06d}", {"jpg": encode_image(crop), "txt": caption.encode()}, (caption,))
 
 
-def _open(name: str) -> Image.Image:
+def load_photo(name: str) -> Image.Image:
+    """The whole picture "package/file" in RGB. Raises UserError if the package is missing."""
     package, _, file = name.partition("/")
     folder, distribution = FOLDERS[package]
     spec = importlib.util.find_spec(package)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import Union
 
 import numpy as np
-import PIL.Image
+import torch
+from torch.utils.data import get_worker_info
 
 from data_pipelines.document import Frame, Image, Picture
-from data_pipelines.images import DecodeError, cut_box, decode_rgb, resize_to_square
+from data_pipelines.headers import DecodeError
+from data_pipelines.images import cut_box, decode_rgb, resize_to_square
 from data_pipelines.video import decode_frames
 
 Decoded = Union[np.ndarray, DecodeError]
@@ -17,11 +20,31 @@ Decoded = Union[np.ndarray, DecodeError]
 
 def decode_pictures(pictures: Sequence[Picture], image_size: int, max_pixels: int) -> list[Decoded]:
     """uint8 [3, image_size, image_size] per picture, or the `DecodeError` that tells why there is none."""
-    results: dict[int, Decoded] = {}
+    results = dict(decode_one_by_one(pictures, image_size, max_pixels))
+    return [results[position] for position in range(len(pictures))]
+
+
+def decode_one_by_one(pictures: Sequence[Picture], image_size: int, max_pixels: int) -> Iterator[tuple[int, Decoded]]:
+    """Position and pixels of every picture, file by file: who keeps one at a time finds it in the cache."""
     for positions in _group_by_file(pictures):
         group = [pictures[position] for position in positions]
-        results.update(zip(positions, _decode_file(group, image_size, max_pixels), strict=True))
-    return [results[position] for position in range(len(pictures))]
+        yield from zip(positions, _decode_file(group, image_size, max_pixels), strict=True)
+
+
+def blank_images(count: int, image_size: int) -> torch.Tensor:
+    """uint8 [count, 3, image_size, image_size], black; in a worker in shared memory, on the way to the main process."""
+    shape = (count, 3, image_size, image_size)
+    if get_worker_info() is None or count == 0:
+        return torch.from_numpy(np.zeros(shape, np.uint8))  # torch's own zeros touch the memory once more
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
+
+
+def join_images(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """One tensor of all images, where `blank_images` would be."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(list(parts), out=blank_images(sum(map(len, parts)), parts[0].shape[-1]))
 
 
 def _group_by_file(pictures: Sequence[Picture]) -> list[list[int]]:
@@ -39,13 +62,14 @@ def _decode_file(group: Sequence[Picture], image_size: int, max_pixels: int) -> 
         if frames:
             return decode_frames(frames[0].video, frames, image_size, max_pixels)
         tiles = [picture for picture in group if isinstance(picture, Image)]
-        sheet = decode_rgb(tiles[0].encoded, max_pixels)
+        min_side = None if any(tile.box for tile in tiles) else image_size
+        sheet = decode_rgb(tiles[0].encoded, max_pixels, min_side)
     except DecodeError as error:
         return [error] * len(group)
     return [_decode_tile(sheet, tile, image_size) for tile in tiles]
 
 
-def _decode_tile(sheet: PIL.Image.Image, tile: Image, image_size: int) -> Decoded:
+def _decode_tile(sheet: np.ndarray, tile: Image, image_size: int) -> Decoded:
     try:
         return resize_to_square(cut_box(sheet, tile.box), image_size)
     except DecodeError as error:

@@ -35,7 +35,7 @@ class Tokenizer:
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Ids of every text, without ``<s>`` and ``</s>``; a special token spelt in a text is plain text."""
-        return self._model.encode(texts, num_threads=1) if texts else []
+        return [self._model.encode(text) for text in texts]  # for a list, sentencepiece would start a thread
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids; what is no text piece (pictures, padding) is left out."""

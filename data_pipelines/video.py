@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import av
 import numpy as np
-import PIL.Image
 
 from data_pipelines.document import Frame
-from data_pipelines.images import DecodeError, resize_to_square
+from data_pipelines.headers import DecodeError
+from data_pipelines.images import resize_to_square
 
 try:
     import decord
@@ -19,28 +19,15 @@ try:
 except ImportError:  # no wheel for every platform
     decord = None
 
-FILE_SIGNATURES = (b"\x1aE\xdf\xa3", b"RIFF", b"FLV\x01", b"OggS", b"\x00\x00\x01\xba", b"G@")
-MP4_ATOMS = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide")
-
-
-def check_video(encoded: bytes) -> str | None:
-    """Why the bytes are no video by their first bytes (mp4, mov, matroska, webm, avi, flv, ogg, mpeg), or None."""
-    return None if encoded[4:8] in MP4_ATOMS or encoded.startswith(FILE_SIGNATURES) else "not a video"
-
 
 def decode_frames(video: bytes, frames: Sequence[Frame], image_size: int, max_pixels: int) -> list[np.ndarray]:
     """uint8 [3, image_size, image_size] per frame reference, in the same order; raises `DecodeError`.
 
     A video with fewer frames than slots gives a frame more than once.
     """
-    num_frames = _count_frames(video, max_pixels)
-    indices = [frame_index(frame, num_frames) for frame in frames]
-    wanted = sorted(set(indices))
-    read = _read_with_decord(video, wanted, num_frames) or _read_with_av(video, wanted)
-    pixels = {
-        index: resize_to_square(PIL.Image.fromarray(rgb), image_size) for index, rgb in zip(wanted, read, strict=True)
-    }
-    return [pixels[index] for index in indices]
+    promised = _read_header(video, max_pixels)
+    pixels = _read_with_decord(video, frames, promised, image_size)
+    return pixels or _read_with_av(video, frames, promised, image_size)
 
 
 def frame_index(frame: Frame, num_frames: int) -> int:
@@ -51,46 +38,64 @@ def frame_index(frame: Frame, num_frames: int) -> int:
     return int(segment / 2) + round(segment * frame.slot)
 
 
-def _count_frames(video: bytes, max_pixels: int) -> int:
-    """Frames that are in the file, counted without decoding; checks the picture size and what the header promises."""
+def _read_header(video: bytes, max_pixels: int) -> int:
+    """Frames that the header promises (0 where it does not say), after a check of the picture size."""
     try:
         with av.open(io.BytesIO(video), mode="r") as container:
             stream = container.streams.video[0]
             size = (stream.codec_context.width, stream.codec_context.height)
-            count = sum(packet.size > 0 for packet in container.demux(stream))
             promised = stream.frames
     except Exception as error:  # hostile bytes make a foreign demuxer raise almost anything
         raise DecodeError("video does not open") from error
     if size[0] * size[1] > max_pixels:
         raise DecodeError("video too large")
+    return promised
+
+
+def _count_frames(video: bytes, promised: int) -> int:
+    """Frames that are in the file, counted without decoding; at least as many as the header promises."""
+    try:
+        with av.open(io.BytesIO(video), mode="r") as container:
+            count = sum(packet.size > 0 for packet in container.demux(video=0))
+    except Exception as error:  # as in _read_header
+        raise DecodeError("video does not open") from error
     if count < max(promised, 1):
         raise DecodeError("video has fewer frames than its header says")
     return count
 
 
-def _read_with_decord(video: bytes, indices: list[int], num_frames: int) -> list[np.ndarray] | None:
-    """RGB frames [H, W, 3], or None when decord refuses. The reader must not cross a fork, so it lives in this call."""
+def _read_with_decord(video: bytes, frames: Sequence[Frame], promised: int, image_size: int) -> list[np.ndarray] | None:
+    """None when decord refuses. The reader must not cross a fork, so it lives in this call."""
     if decord is None:
         return None
     try:
         reader = decord.VideoReader(io.BytesIO(video), num_threads=1)
-        if len(reader) != num_frames:
-            return None
-        return list(reader.get_batch(indices).asnumpy())
-    except Exception:  # as in _count_frames; PyAV has the last word
+    except Exception:  # as in _read_header; PyAV has the last word
         return None
+    if len(reader) != promised and len(reader) != _count_frames(video, promised):
+        return None
+    numbers = [frame_index(frame, len(reader)) for frame in frames]
+    pixels = {}
+    try:
+        for number in sorted(set(numbers)):  # one at a time: together they may be gigabytes
+            pixels[number] = resize_to_square(reader.get_batch([number]).asnumpy()[0], image_size)
+    except Exception:
+        return None
+    return [pixels[number] for number in numbers]
 
 
-def _read_with_av(video: bytes, indices: list[int]) -> list[np.ndarray]:
-    """RGB frames [H, W, 3], read from the start: slower than a seek, but right for any container."""
-    wanted, found = set(indices), []
+def _read_with_av(video: bytes, frames: Sequence[Frame], promised: int, image_size: int) -> list[np.ndarray]:
+    """Read from the start: right for any container."""
+    num_frames = _count_frames(video, promised)
+    numbers = [frame_index(frame, num_frames) for frame in frames]
+    pixels = {}
     try:
         with av.open(io.BytesIO(video), mode="r") as container:
             for number, frame in enumerate(container.decode(video=0)):
-                if number in wanted:
-                    found.append(frame.to_ndarray(format="rgb24"))
-                if number >= indices[-1]:
-                    return found
-    except Exception as error:  # as in _count_frames
+                if number in numbers:
+                    pixels[number] = resize_to_square(frame.to_ndarray(format="rgb24"), image_size)
+                if number >= max(numbers):
+                    return [pixels[number] for number in numbers]
+    except Exception as error:  # as in _read_header
         raise DecodeError("video does not decode") from error
     raise DecodeError("video has fewer frames than its header says")

@@ -12,11 +12,11 @@ import os
 import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from omegaconf import OmegaConf
 
 from benchmarks.demo.charts import TOTAL, Chart, Curve, confusion_chart, curve, over_steps
@@ -24,6 +24,8 @@ from benchmarks.demo.check import read_answers
 from benchmarks.demo.examples import caption_examples, retrieval_examples
 from benchmarks.demo.packed_rows import RowSample, read_rows
 from conf import UserError, run_cli
+from data_pipelines.inspecting.packed_rows import ShownRow
+from data_pipelines.inspecting.preview import template_environment
 from trainer.checkpoint import find_latest, read_state
 from trainer.config import PretrainConfig
 from trainer.fragment_files import FragmentReader
@@ -185,15 +187,14 @@ def machine() -> str:
     return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, {gigabytes:.0f} GB"
 
 
-def render(**content: Any) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.j2").render(**content)
+def render(sources: dict[str, str], **content: Any) -> str:
+    """sources: name -> colour."""
+    template = template_environment(Path(__file__).parent).get_template("report.html.j2")
+    return template.render(sources=sources, colours_of=partial(colours_of, sources=sources), **content)
+
+
+def colours_of(row: ShownRow, sources: Mapping[str, str]) -> list[str]:
+    return [sources[document.key.source] for document in row.documents]
 
 
 def main() -> None:

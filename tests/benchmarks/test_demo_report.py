@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from benchmarks.demo import examples, packed_rows
 from benchmarks.demo.charts import Chart, confusion_chart, curve, over_steps, smoothed
@@ -15,8 +14,10 @@ from benchmarks.demo.check import Answers, judge
 from benchmarks.demo.report import mixture, render, shares
 from data_pipelines.config import DataConfig, SourceConfig
 from data_pipelines.document import Batch, SampleKey
+from data_pipelines.inspecting.packed_rows import show_row
 from data_pipelines.prepare.drawn_world import DrawnObject
 from models.config import CausalTransformerConfig, LanguageModelConfig, ModelConfig
+from tests.data_pipelines.test_inspect_rows import Letters, batch
 from trainer.config import PretrainConfig
 
 CIRCLE = DrawnObject("red", "circle", "small", "top left")
@@ -74,57 +75,11 @@ def test_examples_are_the_first_and_failures_are_among_them(tmp_path: Path) -> N
     assert [own for _, own in first[2].nearest] == [False, False, True, False]
 
 
-class Letters:
-    """A tokenizer of four words; ids 5 to 8 are [PAD], [IMG], [/IMG], <image>."""
-
-    img_start, img_end = 6, 7
-
-    def decode(self, ids: list[int]) -> str:
-        return " ".join("?<>ab"[i] for i in ids if 3 <= i < 5)
-
-
-def batch() -> Batch:
-    """One row: `<s> a [IMG] <image> <image> [/IMG] b </s>`, `<s> b </s>` whose picture broke, one padding."""
-    ids = [1, 3, 6, 8, 8, 7, 4, 2, 1, 4, 2, 5]
-    documents = [1] * 8 + [2] * 3 + [0]
-    return Batch(
-        input_ids=torch.tensor([ids]),
-        document_ids=torch.tensor([documents], dtype=torch.int32),
-        position_ids=torch.zeros(1, 12, dtype=torch.int64),
-        images=torch.full((1, 3, 4, 4), 255, dtype=torch.uint8),
-        image_starts=torch.tensor([[0, 2]]),
-        document_sources=torch.tensor([[0, 1]]),
-        document_ok=torch.tensor([[True, False]]),
-        keys=[[SampleKey("laion", 0, 0), SampleKey("webvid", 0, 0)]],
-        cursors={},
-        skips={},
-    )
-
-
 def config() -> PretrainConfig:
     sources = {"laion": SourceConfig("laion", "x.tar", weight=3.0), "webvid": SourceConfig("webvid", "y.tar")}
     model = ModelConfig("tiny", causal_transformer=CausalTransformerConfig(num_queries=2))
     model.language_model = LanguageModelConfig(text_vocab_size=5)
     return PretrainConfig(run_dir="run", model=model, data=DataConfig(sources, "tokenizer.model"))
-
-
-def test_a_row_shows_what_is_learnt_where() -> None:
-    row = packed_rows.show_row(batch(), 0, config(), Letters())  # type: ignore[arg-type]
-    run = packed_rows.Run
-    assert row.targets == [
-        run("none", 1),  # <s>
-        run("text", 1),
-        run("none", 1),  # [IMG]
-        run("image", 3),  # two slots and [/IMG]
-        run("text", 2),
-        run("none", 4),  # the broken document, padding
-    ]
-    assert row.num_padding == 1
-    first, second = row.documents
-    assert first.layout == [run("text", 2), run("image", 4), run("text", 2)]
-    assert [(piece.text, piece.num_targets) for piece in first.pieces] == [("a", 1), ("", 3), ("b", 2)]
-    assert base64.b64decode(first.pieces[1].picture.partition(",")[2]).startswith(b"\x89PNG")
-    assert [(piece.text, piece.num_targets) for piece in second.pieces] == [("b", 0)]
 
 
 def test_rows_are_chosen_to_show_many_sources() -> None:
@@ -190,7 +145,7 @@ def page_with(captions: dict[str, list[examples.CaptionExample]]) -> str:
         "missing_objects": 0,
         "surplus_objects": 0,
     }
-    row = packed_rows.show_row(batch(), 0, config(), Letters())  # type: ignore[arg-type]
+    row = show_row(batch(), 0, 2, Letters())  # type: ignore[arg-type]
     return render(
         figures={"heldout": figures, "train_probe": figures},
         headline=[{"title": "right", **score}],

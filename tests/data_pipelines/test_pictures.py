@@ -8,7 +8,8 @@ import pytest
 
 from data_pipelines import pictures as module
 from data_pipelines.document import Frame, Image, Picture
-from data_pipelines.images import DecodeError, decode_image
+from data_pipelines.headers import DecodeError
+from data_pipelines.images import decode_image
 from data_pipelines.pictures import decode_pictures
 from data_pipelines.video import decode_frames
 from tests.data_pipelines.sources_helpers import clip, encode, frame_number, picture

@@ -16,7 +16,8 @@ import PIL.Image
 import pytest
 
 from data_pipelines.document import Document, Image, RawSample, Skip
-from data_pipelines.images import DecodeError, decode_image
+from data_pipelines.headers import DecodeError
+from data_pipelines.images import decode_image
 from data_pipelines.pictures import decode_pictures
 from data_pipelines.sources import Source
 from data_pipelines.sources.storyboard_forms import read_timeline
@@ -235,4 +236,4 @@ def test_exif_rotation_is_applied(real_data: Path) -> None:
         expected = stored.convert("RGB").rotate(-90, expand=True)  # orientation 6: turn it clockwise to see it upright
     assert expected.size == (107, 160)
     expected_pixels = np.asarray(expected.resize((64, 64), PIL.Image.Resampling.BICUBIC)).transpose(2, 0, 1)
-    np.testing.assert_array_equal(pixels_of(result), expected_pixels)
+    assert np.abs(pixels_of(result) - expected_pixels).max() <= 2

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 
+import av
 import numpy as np
+import PIL.Image
 import pytest
 
 from data_pipelines import video
 from data_pipelines.document import Frame
-from data_pipelines.images import DecodeError
-from data_pipelines.video import check_video, decode_frames, frame_index
+from data_pipelines.headers import DecodeError, check_video
+from data_pipelines.video import decode_frames, frame_index
 from tests.data_pipelines.sources_helpers import clip, frame_number, picture
 
 LIMIT = 10_000_000
@@ -87,6 +90,39 @@ def test_bytes_that_are_no_video(clip_50: bytes) -> None:
         assert check_video(encoded) == "not a video"
     with pytest.raises(DecodeError, match="video does not open"):
         decode_frames(b"\0\0\0\x20ftypisom", [Frame(b"", 0, 1)], 32, LIMIT)
+
+
+def test_frames_are_counted_where_the_header_does_not_say(clip_50: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matroska has no number of frames in its header."""
+    encoded = remux(clip_50, "matroska")
+    with av.open(io.BytesIO(encoded)) as container:
+        assert container.streams.video[0].frames == 0
+    for _ in ("decord", "av"):
+        pixels = decode_frames(encoded, frames_at(encoded, [0, 20, 49], 50), 32, LIMIT)
+        assert [frame_number(frame) for frame in pixels] == [0, 20, 49]
+        monkeypatch.setattr(video, "decord", None)
+
+
+def remux(encoded: bytes, format: str) -> bytes:
+    out = io.BytesIO()
+    with av.open(io.BytesIO(encoded)) as source, av.open(out, "w", format=format) as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                target.mux(packet)
+    return out.getvalue()
+
+
+def test_resize_is_pillows(clip_50: bytes) -> None:
+    decord = pytest.importorskip("decord")
+    reader = decord.VideoReader(io.BytesIO(clip_50))
+    expected = [
+        PIL.Image.fromarray(reader[k].asnumpy()).resize((24, 24), PIL.Image.Resampling.BICUBIC) for k in (5, 30)
+    ]
+    pixels = decode_frames(clip_50, frames_at(clip_50, [5, 30], 50), 24, LIMIT)
+    for ours, pillows in zip(pixels, expected, strict=True):
+        assert np.abs(ours.astype(int) - np.asarray(pillows).transpose(2, 0, 1)).max() <= 1
 
 
 def test_size_limit(clip_50: bytes) -> None:

@@ -64,7 +64,10 @@ def test_pixels_are_those_of_training(package: ModuleType, processor: Any, name:
     path.write_bytes(FILES[name])
     expected = decode_image(Image(FILES[name]), image_size=24, max_pixels=10**6)
     read = package.images.read_image(path)
-    assert np.array_equal(processor.pixels([read, PIL.Image.open(path)]), np.stack([expected, expected]))
+    pixels = np.asarray(processor.pixels([read, PIL.Image.open(path)])).astype(int)
+    assert pixels.shape == (2, 3, 24, 24)
+    # Training resizes by torch and use by Pillow: the same filter, which may round otherwise.
+    assert np.abs(pixels - expected).max() <= 2
 
 
 def test_token_ids_are_those_of_training(processor: Any, tokenizer: Tokenizer) -> None:

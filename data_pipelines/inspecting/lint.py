@@ -8,6 +8,7 @@ import os
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -204,13 +205,25 @@ def look_at_all(look: Look, chunks: Iterable[int], num_workers: int) -> Iterator
         yield from map(look.chunk, chunks)
         return
     with ProcessPoolExecutor(num_workers, initializer=_start_worker, initargs=(look, os.getpid())) as pool:
-        waiting: deque[Future[ChunkFindings]] = deque()
+        waiting: deque[tuple[int, Future[ChunkFindings]]] = deque()
         for chunk in chunks:
-            waiting.append(pool.submit(_look_at, chunk))
+            waiting.append((chunk, pool.submit(_look_at, chunk)))
             if len(waiting) > CHUNKS_AHEAD * num_workers:
-                yield waiting.popleft().result()
+                yield _result(look, *waiting.popleft())
         while waiting:
-            yield waiting.popleft().result()
+            yield _result(look, *waiting.popleft())
+
+
+def _result(look: Look, number: int, future: Future[ChunkFindings]) -> ChunkFindings:
+    try:
+        return future.result()
+    except BrokenProcessPool as error:
+        index = look.reader.index
+        chunk = index.chunk(number)
+        raise UserError(
+            f"a worker died at or near byte {chunk.offset} of the shard {index.url(chunk.shard)}, in a decoder or for "
+            "want of memory: look again with data.num_workers=0 to see how"
+        ) from error
 
 
 _look: Look

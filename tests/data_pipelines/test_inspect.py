@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import signal
 import sys
 from collections import Counter
 from pathlib import Path
@@ -19,6 +21,7 @@ from data_pipelines.inspecting.bench import STAGES, Speed, advice, measure
 from data_pipelines.inspecting.info import Histogram, mixture_info, source_info
 from data_pipelines.inspecting.lint import Findings, lint_source
 from data_pipelines.inspecting.settings import Opened, Settings, load_settings, open_all, spread
+from data_pipelines.reader import SourceReader
 from tests.data_pipelines.corpora import IMAGE_SIZE, NUM_QUERIES, make_config, write_pairs, write_texts
 
 BROKEN_PNG = "image does not decode"
@@ -85,6 +88,12 @@ def test_lint_of_a_misread_source(small_config: DataConfig) -> None:
     found = lint_source("words", dataclasses.replace(small_config, sources={"words": source}), None, None)
     assert found.skips == {"no text": 25}
     assert found.broken == ["no sample of the source 'words' gives a document: check its kind and options"]
+
+
+def test_lint_says_where_a_worker_died(small_config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SourceReader, "samples", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(UserError, match=r"a worker died at or near byte 0 of the shard .*pairs-0.tar"):
+        lint_source("pictures", dataclasses.replace(small_config, num_workers=1), None, None)
 
 
 def test_info_counts_tokens_images_and_sizes(opened: Opened) -> None:
@@ -158,7 +167,10 @@ def test_settings_come_from_the_overrides_of_a_job() -> None:
     ("overrides", "sentence"),
     [
         (["data=demo", "data.lane=3"], "Key 'lane' not in 'DataConfig' at data.lane: see all keys"),
-        (["data=demo", "data.lanes=3"], "data.global_batch_rows=16 is no multiple of data.lanes=3"),
+        (
+            ["data=demo", "data.global_batch_rows=16", "data.lanes=3"],
+            "data.global_batch_rows=16 is no multiple of data.lanes=3",
+        ),
         (["data=nothing"], "Could not find 'data/nothing'"),
     ],
 )

@@ -4,7 +4,7 @@ Per set of shards, in turns within one run, on the same cores with the same numb
 
     ours         Index and Loader: shuffled, tokenised, packed rows of whole documents, 224 px
     webdataset   plain webdataset, Pillow and torch's DataLoader: shuffled, tokenised batches, 224 px bicubic
-    bare         decoder and resize of ours in a loop over files that are already in memory
+    bare         decoder and resize of ours in a loop over files in memory, into rows of as many pictures as ours
 
 Medians of the repetitions count. Pixels are compared with a full decode and Pillow's bicubic.
 """
@@ -28,7 +28,7 @@ from data_pipelines.config import DataConfig
 
 OUT = Path("outputs/benchmarks/data")
 REPETITIONS = 3
-NUM_PICTURES = {"small": 4096, "large": 1152, "video": 576, "real": 2048}
+NUM_PICTURES = {"small": 12288, "large": 3072, "video": 1536, "real": 4096}
 KINDS = {"small": "laion", "large": "laion", "video": "webvid"}
 
 
@@ -54,12 +54,12 @@ def measure(corpus: Corpus, repetitions: int, num_workers: int) -> Result:
     }
     if corpus.kind == "laion":
         contenders["webdataset"] = lambda: measure_webdataset(corpus, num_workers)
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    rates: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in tqdm(range(repetitions), desc=f"measure {corpus.name}", unit="repetition", disable=None):
         for name, run in contenders.items():
-            seconds[name].append(run())
-    rates = {name: corpus.num_pictures / statistics.median(times) for name, times in seconds.items()}
-    return Result(corpus.name, rates, max(memory), pixel_differences(corpus))
+            rates[name].append(run())
+    medians = {name: statistics.median(found) for name, found in rates.items()}
+    return Result(corpus.name, medians, max(memory), pixel_differences(corpus))
 
 
 def report(results: list[Result], fill: float, num_workers: int) -> None:

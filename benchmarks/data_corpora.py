@@ -41,14 +41,7 @@ Sample = dict[str, Any]
 
 def make_corpora(folder: Path) -> None:
     """small/, large/, video/, pages/, boards/ and tokenizer.model under `folder`; what is there already is kept."""
-    makers: dict[str, tuple[int, int, Callable[[random.Random], Sample]]] = {
-        "small": (8, 192, functools.partial(_pair, sides=(200, 256), quality=85)),
-        "large": (8, 48, functools.partial(_pair, sides=(512, 768), quality=88)),
-        "video": (4, 12, _clip),
-        "pages": (4, 96, _page),
-        "boards": (2, 32, _board),
-    }
-    for name, (num_shards, num_samples, make) in makers.items():
+    for name, (num_shards, num_samples, make) in SETS.items():
         if not (folder / name).is_dir():
             _write_set(folder / name, num_shards, num_samples, make)
     if not (folder / "tokenizer.model").exists():
@@ -174,3 +167,13 @@ def _board(rng: random.Random) -> Sample:
     }
     sheet = _crop(rng, (SHEET_COLUMNS * TILE[0], SHEET_ROWS * TILE[1]))
     return {"json": meta, "sb_0.jpg": _jpeg(sheet, 80)}
+
+
+# name -> shards, samples of each, and what makes one
+SETS: dict[str, tuple[int, int, Callable[[random.Random], Sample]]] = {
+    "small": (8, 192, functools.partial(_pair, sides=(200, 256), quality=85)),
+    "large": (8, 48, functools.partial(_pair, sides=(512, 768), quality=88)),
+    "video": (4, 12, _clip),
+    "pages": (4, 96, _page),
+    "boards": (2, 32, _board),
+}

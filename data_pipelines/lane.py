@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 
+import numpy as np
 import torch
 
 from data_pipelines.config import DataConfig
@@ -27,7 +28,7 @@ from data_pipelines.headers import DecodeError
 from data_pipelines.mixture import Mixture, TokenShare
 from data_pipelines.order import permute
 from data_pipelines.packing import pack, tokenize_documents
-from data_pipelines.pictures import blank_images, decode_one_by_one
+from data_pipelines.pictures import decode_one_by_one
 from data_pipelines.reader import UNREACHABLE, SourceReader, SourceStream
 from data_pipelines.retries import UnreachableError
 from data_pipelines.tokenizer import Tokenizer
@@ -81,7 +82,8 @@ class Lane:
         self._cursor = cursor
         self._window: Window | None = None
 
-    def next_row(self) -> PackedRow:
+    def next_row(self, out: np.ndarray | None = None) -> PackedRow:
+        """out: uint8 [at least M, 3, H, W], where the row's M images are to be; None = in memory of their own."""
         if self._window is not None and self._cursor.row == len(self._window.rows) - ROWS_AHEAD:
             self._expect(self._window.positions)
         while self._window is None:
@@ -93,7 +95,7 @@ class Lane:
         documents, window.rows[row] = window.rows[row], []  # the encoded pictures are no longer held
         skips = Counter(window.skips) if row == 0 else Counter()
         unreachable = window.unreachable if row == 0 else ()
-        images, document_ok = self._decode(documents, skips)
+        images, document_ok = self._decode(documents, skips, out)
         self._advance(window)
         emitted = [dataclasses.replace(document, pictures=None) for document in documents]
         return PackedRow(self.number, self._cursor, emitted, images, document_ok, dict(skips), unreachable)
@@ -115,11 +117,13 @@ class Lane:
             self._cursor = Cursor(self._cursor.window + 1, 0, window.positions)
             self._window = None
 
-    def _decode(self, documents: list[TokenizedDocument], skips: SkipCounts) -> tuple[torch.Tensor, list[bool]]:
+    def _decode(
+        self, documents: list[TokenizedDocument], skips: SkipCounts, out: np.ndarray | None
+    ) -> tuple[torch.Tensor, list[bool]]:
         """Images uint8 [M, 3, H, W] of a row, blank where a picture is broken, and which documents are whole."""
         size, max_pixels = self._settings.image_size, int(self._settings.config.max_image_megapixels * 1e6)
-        images = blank_images(sum(len(document.image_starts) for document in documents), size)
-        pixels, position = images.numpy(), 0
+        num_images, position = sum(len(document.image_starts) for document in documents), 0
+        images = np.zeros((num_images, 3, size, size), np.uint8) if out is None else out[:num_images]
         places: list[tuple[int, int]] = []
         pictures: list[Picture] = []
         failures: list[tuple[int, int, str]] = []
@@ -127,6 +131,7 @@ class Lane:
             several = self._pictures_of(document)
             if several is None:
                 failures.append((d, position, UNREACHABLE))
+                images[position : position + len(document.image_starts)] = 0
             places += [(d, position + i) for i in range(len(several or ()))]
             pictures += several or ()
             position += len(document.image_starts)
@@ -134,12 +139,11 @@ class Lane:
             d, position = places[place]
             if isinstance(image, DecodeError):
                 failures.append((d, position, image.reason))
-            else:
-                pixels[position] = image
+            images[position] = 0 if isinstance(image, DecodeError) else image
         first_failures = {d: reason for d, _, reason in sorted(failures, reverse=True)}
         skips.update((documents[d].key.source, reason) for d, reason in first_failures.items())
         document_ok = [d not in first_failures for d in range(len(documents))]
-        return images, document_ok
+        return torch.from_numpy(images), document_ok
 
     def _pictures_of(self, document: TokenizedDocument) -> Sequence[Picture] | None:
         """None where they would have to be read again and their store does not answer."""

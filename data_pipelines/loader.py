@@ -20,10 +20,12 @@ from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from conf import UserError
+from data_pipelines.arena import make_arena
 from data_pipelines.chunk_fetcher import ChunkFetcher
 from data_pipelines.config import DataConfig, SourceConfig
 from data_pipelines.document import Batch, Cursor, Document, PackedRow, SampleKey
@@ -31,7 +33,6 @@ from data_pipelines.index import Index, open_index
 from data_pipelines.index_builder import build_index
 from data_pipelines.lane import Lane, LaneSettings, first_cursor
 from data_pipelines.packing import collate
-from data_pipelines.pictures import join_images
 from data_pipelines.processes import end_with_parent
 from data_pipelines.reader import SourceReader
 from data_pipelines.tokenizer import Tokenizer
@@ -51,8 +52,8 @@ SOURCE_SETTINGS = ("kind", "weight", "holdout", "options")
 
 NO_IMAGES = torch.empty(0, dtype=torch.uint8)
 
-WorkerItem = tuple[list[tuple[int, PackedRow]], torch.Tensor]
-"""(slot, row without its images) of one worker's rows of a micro-batch, and the images of all of them."""
+WorkerItem = list[tuple[int, PackedRow]]
+"""(slot, row) of one worker's rows of a micro-batch; their images, one row's after the other's, are in its arena."""
 
 
 def training_sources(config: DataConfig) -> dict[str, SourceConfig]:
@@ -150,8 +151,8 @@ class Loader:
         fetcher = ChunkFetcher(config)
         self._readers = [SourceReader(name, config, index, fetcher) for name, index in indexes.items()]
         buffer_bytes = config.buffer_mb * 2**20 // num_lanes
-        settings = LaneSettings(config, self._readers, tokenizer, num_queries, image_size, buffer_bytes)
-        self._rows = _LaneRows(settings, self.cursors, config.micro_batch_rows)
+        self._settings = LaneSettings(config, self._readers, tokenizer, num_queries, image_size, buffer_bytes)
+        self._prefetch_items = -(-config.prefetch_rows // config.micro_batch_rows)
 
     def __iter__(self) -> Iterator[Batch]:
         batches = self._batches()
@@ -159,11 +160,11 @@ class Loader:
         return batches
 
     def _batches(self) -> Generator[Batch, None, None]:
-        items = iter(self._open_workers())
-        num_streams = max(1, self._config.num_workers)
+        arenas: list[np.ndarray | None] = [*self._make_arenas()] or [None]
+        items = iter(self._open_workers(arenas))
         try:
-            while True:
-                slots = dict(itertools.chain.from_iterable(_rows_of(next(items)) for _ in range(num_streams)))
+            for j in itertools.count():
+                slots = dict(itertools.chain.from_iterable(_rows_of(_next_item(items), arena, j) for arena in arenas))
                 rows = [slots[slot] for slot in sorted(slots)]
                 self._log_unreachable(rows)
                 yield collate(rows, self._config.seq_len, self._tokenizer.pad, self.source_names)
@@ -177,18 +178,28 @@ class Loader:
             with self._unreachable_log.open("a") as file:
                 file.write("".join(json.dumps(_told(lane, reader, q)) + "\n" for lane, reader, q in units))
 
-    def _open_workers(self) -> DataLoader:
+    def _make_arenas(self) -> list[np.ndarray]:
+        """One a worker, which may be at item j + prefetch while item j is collated: no two of these share a slot."""
+        num_images = self._config.micro_batch_rows * self._config.max_images_per_row
+        return [
+            make_arena(self._prefetch_items + 1, num_images, self._settings.image_size)
+            for _ in range(self._config.num_workers)
+        ]
+
+    def _open_workers(self, arenas: list[np.ndarray | None]) -> DataLoader:
         """Batches come round-robin: item j of every worker, in worker order, before item j + 1 of any."""
         own = torch.Generator()  # else every start would draw from the process's, and a resumed run's dropout differ
+        rows = _LaneRows(self._settings, self.cursors, self._config.micro_batch_rows, arenas)
         if not self._config.num_workers:
-            return DataLoader(self._rows, batch_size=None, collate_fn=_as_it_is, generator=own)
+            return DataLoader(rows, batch_size=None, collate_fn=_as_it_is, generator=own)
         return DataLoader(
-            self._rows,
+            rows,
             batch_size=None,
             collate_fn=_as_it_is,
             generator=own,
             num_workers=self._config.num_workers,
-            prefetch_factor=-(-self._config.prefetch_rows // self._config.micro_batch_rows),
+            prefetch_factor=self._prefetch_items,
+            multiprocessing_context="fork",  # shares the arenas
             worker_init_fn=functools.partial(_outlive_signals, os.getpid()),
         )
 
@@ -211,8 +222,10 @@ def _told(lane: int, reader: SourceReader, q: int) -> dict[str, str | int]:
 class _LaneRows(IterableDataset):
     """Item j of worker w of W: the rows of micro-batch j that come from its lanes, every W-th of the rank's."""
 
-    def __init__(self, settings: LaneSettings, cursors: dict[int, Cursor], micro_batch_rows: int) -> None:
-        self._settings, self._cursors, self._num_rows = settings, cursors, micro_batch_rows
+    def __init__(
+        self, settings: LaneSettings, cursors: dict[int, Cursor], micro_batch_rows: int, arenas: list[np.ndarray | None]
+    ) -> None:
+        self._settings, self._cursors, self._num_rows, self._arenas = settings, cursors, micro_batch_rows, arenas
 
     def __iter__(self) -> Iterator[WorkerItem | UserError]:
         worker = get_worker_info()
@@ -228,26 +241,44 @@ class _LaneRows(IterableDataset):
             for j in itertools.count():
                 slots = range(j * self._num_rows, (j + 1) * self._num_rows)
                 wanted = [(slot, slot % len(self._cursors)) for slot in slots]
-                yield _worker_item(
-                    [(slot, lanes[position].next_row()) for slot, position in wanted if position in lanes]
-                )
+                own = [(slot, lanes[position]) for slot, position in wanted if position in lanes]
+                yield _worker_item(own, self._arenas[worker.id if worker else 0], j)
         except UserError as error:  # raised in a worker, it would reach the user wrapped in a traceback
             yield error
 
 
-def _worker_item(rows: list[tuple[int, PackedRow]]) -> WorkerItem:
-    """One tensor an item: each costs a file descriptor on its way to the main process."""
-    images = join_images([row.images for _, row in rows]) if rows else NO_IMAGES
-    return [(slot, dataclasses.replace(row, images=NO_IMAGES)) for slot, row in rows], images
+def _worker_item(lanes: list[tuple[int, Lane]], arena: np.ndarray | None, j: int) -> WorkerItem:
+    """The next row of each of the lanes, which come with the slots of item j."""
+    if arena is None:
+        return [(slot, lane.next_row()) for slot, lane in lanes]
+    rows, images = [], arena[j % len(arena)]
+    for slot, lane in lanes:
+        row = lane.next_row(images)
+        images = images[len(row.images) :]
+        rows.append((slot, dataclasses.replace(row, images=NO_IMAGES)))
+    return rows
 
 
-def _rows_of(item: WorkerItem | UserError) -> list[tuple[int, PackedRow]]:
+def _next_item(items: Iterator[WorkerItem | UserError]) -> WorkerItem | UserError:
+    try:
+        return next(items)
+    except Exception as error:
+        del items  # it, or a traceback through it, would keep the workers, for which the exit would wait for ever
+        raise error.with_traceback(None) from None
+
+
+def _rows_of(item: WorkerItem | UserError, arena: np.ndarray | None, j: int) -> WorkerItem:
+    """Item j with its images, which are good until the next item is asked for."""
     if isinstance(item, UserError):
         raise item
-    rows, images = item
-    counts = [sum(len(document.image_starts) for document in row.documents) for _, row in rows]
-    parts = images.split(counts) if rows else ()
-    return [(slot, dataclasses.replace(row, images=part)) for (slot, row), part in zip(rows, parts, strict=True)]
+    if arena is None:
+        return item
+    rows, images = [], torch.from_numpy(arena[j % len(arena)])
+    for slot, row in item:
+        num_images = sum(len(document.image_starts) for document in row.documents)
+        rows.append((slot, dataclasses.replace(row, images=images[:num_images])))
+        images = images[num_images:]
+    return rows
 
 
 def _as_it_is(item: Any) -> Any:

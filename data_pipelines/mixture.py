@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import lru_cache
 from itertools import accumulate
 
 from data_pipelines.order import MASK64, stable_hash
@@ -29,13 +30,17 @@ class Mixture:
 
     def source(self, lane: int, window: int, n: int) -> int:
         """Number of the source of document n of a lane's window. Exact integer arithmetic: no platform differs."""
-        phase = stable_hash("mixture", self._seed, lane, window)
-        return bisect_right(self._thresholds, (phase + n * GOLDEN_RATIO_CONJUGATE) & MASK64)
+        return bisect_right(self._thresholds, (_phase(self._seed, lane, window) + n * GOLDEN_RATIO_CONJUGATE) & MASK64)
 
     def token_share(self, lane: int, window: int, source: int, window_tokens: int) -> TokenShare:
         """What source number `source` may give to a window of `window_tokens` tokens."""
         phase = stable_hash("token mixture", self._seed, lane, window, source)
         return TokenShare(int(self._shares[source] * window_tokens * 2**64), phase)
+
+
+@lru_cache(maxsize=1024)
+def _phase(seed: int, lane: int, window: int) -> int:
+    return stable_hash("mixture", seed, lane, window)
 
 
 class TokenShare:

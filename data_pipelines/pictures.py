@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Union
 
 import numpy as np
-import torch
-from torch.utils.data import get_worker_info
 
 from data_pipelines.document import Frame, Image, Picture
 from data_pipelines.headers import DecodeError
@@ -29,22 +26,6 @@ def decode_one_by_one(pictures: Sequence[Picture], image_size: int, max_pixels: 
     for positions in _group_by_file(pictures):
         group = [pictures[position] for position in positions]
         yield from zip(positions, _decode_file(group, image_size, max_pixels), strict=True)
-
-
-def blank_images(count: int, image_size: int) -> torch.Tensor:
-    """uint8 [count, 3, image_size, image_size], black; in a worker in shared memory, on the way to the main process."""
-    shape = (count, 3, image_size, image_size)
-    if get_worker_info() is None or count == 0:
-        return torch.from_numpy(np.zeros(shape, np.uint8))  # torch's own zeros touch the memory once more
-    storage = torch.UntypedStorage._new_shared(math.prod(shape))
-    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
-
-
-def join_images(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """One tensor of all images, where `blank_images` would be."""
-    if len(parts) == 1:
-        return parts[0]
-    return torch.cat(list(parts), out=blank_images(sum(map(len, parts)), parts[0].shape[-1]))
 
 
 def _group_by_file(pictures: Sequence[Picture]) -> list[list[int]]:

@@ -6,15 +6,17 @@ basename; names are keys, never paths.
 
 from __future__ import annotations
 
+import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import BinaryIO, NamedTuple
 
-from webdataset.tariterators import base_plus_ext
-
 from data_pipelines.document import RawSample
 from data_pipelines.tar_members import META_NAME, read_members
+
+MEMBER_NAME = re.compile(r"((?:.*/)?[^.]+)\.([^/]*)$")
+"""Key and extension: up to the first dot of the basename, as webdataset has it."""
 
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
 
@@ -75,6 +77,8 @@ def _members(tar: tarfile.TarFile, stream: BinaryIO, size: int, defects: list[st
             if _is_damaged_header(stream, begin):
                 defects.append(f"damaged header at byte {begin}: the rest is left out")
                 yield _Member(begin, begin, None, False)
+            elif _has_data(stream, begin):
+                defects.append(f"data behind the end of the archive at byte {begin}: they are left out")
             return
         tar.members = []  # type: ignore[attr-defined] # else the headers of a large shard pile up
         if not begin < tar.offset <= size:
@@ -93,11 +97,18 @@ def _is_damaged_header(stream: BinaryIO, offset: int) -> bool:
     return any(stream.read(tarfile.BLOCKSIZE))
 
 
+def _has_data(stream: BinaryIO, offset: int) -> bool:
+    """Whether anything but zeros follows, such as an archive that was appended to another."""
+    stream.seek(offset)
+    return any(map(any, iter(lambda: stream.read(tarfile.RECORDSIZE), b"")))
+
+
 def member_key(info: tarfile.TarInfo) -> str | None:
     """The sample that a member belongs to, by webdataset's rules; None for what webdataset passes over."""
     if not info.isreg() or META_NAME.match(info.name):
         return None
-    return base_plus_ext(info.name)[0]
+    parts = MEMBER_NAME.match(info.name)
+    return parts[1] if parts else None
 
 
 def _group_members(members: Iterator[_Member]) -> Iterator[tuple[int, int]]:
@@ -129,9 +140,10 @@ def parse_samples(data: bytes, max_member_bytes: int) -> list[RawSample]:
     """
     samples: list[RawSample] = []
     for path, content in read_members(data):
-        name, extension = base_plus_ext(path)
-        if name is None:
+        parts = MEMBER_NAME.match(path)
+        if parts is None:
             continue
+        name, extension = parts.groups()
         if not samples or samples[-1].name != name:
             samples.append(RawSample(name, {}))
         samples[-1] = _with_member(samples[-1], extension.lower(), content, max_member_bytes)

@@ -15,11 +15,13 @@ import resource
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import traceback
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from tarfile import BLOCKSIZE
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -152,6 +154,9 @@ def account_for_members(tar: bytes) -> None:
     files = tar_file_expander([{"url": "x", "stream": io.BytesIO(tar)}])
     names = [sample["__key__"] for sample in group_by_keys(files, handler=lambda _: True)]
     assert len(names) == len(found.ranges), "webdataset finds other samples"
+    with tarfile.open(fileobj=io.BytesIO(tar), mode="r|") as archive:
+        last = max((info.offset_data + info.size for info in archive), default=0)
+    assert not any(tar[last + BLOCKSIZE :]), "something behind the last member is neither a sample nor a defect"
 
 
 def account_for_samples(config: DataConfig, indexes: dict[str, Index], tokenizer: Tokenizer) -> str:

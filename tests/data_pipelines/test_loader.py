@@ -19,10 +19,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conf import UserError
+from data_pipelines import loader
 from data_pipelines.config import DataConfig, SourceConfig
 from data_pipelines.document import Batch, Cursor
 from data_pipelines.index import Index, open_index
+from data_pipelines.lane import Lane
 from data_pipelines.loader import Loader, fingerprint, holdout_documents, index_path, open_indexes
+from data_pipelines.packing import collate
 from data_pipelines.tokenizer import Tokenizer
 from tests.data_pipelines.corpora import IMAGE_SIZE, NUM_QUERIES
 
@@ -171,6 +174,34 @@ def test_a_users_error_in_a_worker_stays_one_sentence(small_config: DataConfig, 
     assert wait_until_gone(set(children_of(os.getpid())) - others), "the traceback must not keep the workers"
 
 
+def test_a_fault_in_a_worker_ends_all_of_them(small_config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the main process would wait for ever for them at its exit."""
+
+    def fail(lane: Lane, out: object) -> None:
+        raise RuntimeError(f"lane {lane.number} is broken")
+
+    monkeypatch.setattr(Lane, "next_row", fail)
+    others = set(children_of(os.getpid()))
+    with pytest.raises(RuntimeError, match="lane 0 is broken"):
+        next(iter(make_loader(dataclasses.replace(small_config, num_workers=2))))
+    assert wait_until_gone(set(children_of(os.getpid())) - others)
+
+
+def test_workers_do_not_overwrite_what_is_being_collated(
+    small_config: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def collate_late(*arguments: Any) -> Batch:
+        time.sleep(0.1)
+        return collate(*arguments)
+
+    config = dataclasses.replace(small_config, prefetch_rows=2)
+    expected = [batch.images for batch in itertools.islice(iter(make_loader(config)), 12)]
+    assert sum(map(len, expected)) > 12
+    monkeypatch.setattr(loader, "collate", collate_late)
+    batches = iter(make_loader(dataclasses.replace(config, num_workers=2)))
+    assert all(next(batches).images.equal(images) for images in expected)
+
+
 def test_workers_answer_no_signal_and_end_with_the_loader(small_config: DataConfig, reference: list[Row]) -> None:
     others = set(children_of(os.getpid()))
     batches = iter(make_loader(dataclasses.replace(small_config, num_workers=2, prefetch_rows=2)))
@@ -191,7 +222,7 @@ from pathlib import Path
 from data_pipelines.lane import Lane
 from tests.data_pipelines.test_loader import make_loader
 
-def fill_for_ever(lane):
+def fill_for_ever(lane, out):
     print("busy", flush=True)
     time.sleep(100)
 

@@ -108,6 +108,15 @@ def test_a_damaged_header_is_no_end_of_archive() -> None:
     assert defects == ["damaged header at byte 2048: the rest is left out"]
 
 
+def test_what_is_behind_the_end_of_the_archive_is_a_defect() -> None:
+    """Two archives, one appended to the other: readers stop at the first end."""
+    first, second = (make_tar([(f"{i}.txt", tarfile.REGTYPE, b"x" * 10)]) for i in range(2))
+    ranges, defects = scan(first + second)
+    assert ranges == [(0, 1024)]
+    assert defects == ["data behind the end of the archive at byte 1024: they are left out"]
+    assert scan(first + bytes(100_000)) == ([(0, 1024)], [])
+
+
 def test_a_sparse_member_takes_only_its_sample_along() -> None:
     data = bytearray(make_tar([(f"{i}.txt", tarfile.REGTYPE, b"x" * 10) for i in range(3)]))
     header = tarfile.TarInfo("1.txt")

@@ -135,6 +135,7 @@ def test_equal_shapes_are_told_apart_by_their_colours() -> None:
     assert text == "the red ring is left of the blue ring"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", [128, 96])
 def test_pictures_show_every_attribute(side: int) -> None:
     rng = random.Random(11)

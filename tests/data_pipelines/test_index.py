@@ -238,6 +238,7 @@ def test_an_index_of_a_hundred_million_chunks_is_not_read(tmp_path: Path) -> Non
     assert float(run(RESIDENT)) < 8
 
 
+@pytest.mark.slow
 def test_command(tmp_path: Path) -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "data_pipelines.prepare.index", *arguments]

@@ -234,6 +234,7 @@ print("ready", flush=True)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("busy", [False, True])
 def test_workers_end_with_their_rank(small_config: DataConfig, tmp_path: Path, busy: bool) -> None:
     """At its own end with the iterator still open; killed while the workers are at work."""

@@ -116,6 +116,7 @@ def test_the_manifest_tells_every_file(corpora: Path) -> None:
         assert manifest["samples"][name] == len(read_corpus(corpora, name)) == demo.SAMPLES[name] * SCALE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DRAWN)
 def test_no_picture_of_a_training_corpus_shows_a_held_out_triple(corpora: Path, name: str) -> None:
     pictures = [picture for sample in read_corpus(corpora, name) for picture in pictures_of(sample)]
@@ -150,6 +151,7 @@ def test_laion_has_the_members_and_keys_of_img2dataset(corpora: Path) -> None:
         assert open_image(sample["jpg"]).size == (meta["width"], meta["height"]) == (128, 128)
 
 
+@pytest.mark.slow
 def test_laion_captions_say_what_the_pictures_show(corpora: Path) -> None:
     counts: dict[int, int] = defaultdict(int)
     for sample in read_corpus(corpora, "laion"):

@@ -90,6 +90,7 @@ def test_a_failing_server_gives_the_rows_of_local_files(
         assert set(server.faults) > set(FAULTS), "every failure was met"
 
 
+@pytest.mark.slow
 def test_one_failing_request_in_five(
     small_config: DataConfig,
     folder: Path,

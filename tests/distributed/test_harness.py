@@ -26,15 +26,18 @@ def hang() -> None:
     time.sleep(600)
 
 
+@pytest.mark.slow
 def test_results_come_back_by_rank() -> None:
     assert run_distributed(sum_of_ranks, 2, 10) == [(10, "0", 1), (10, "1", 1)]
 
 
+@pytest.mark.slow
 def test_the_first_error_is_raised_with_its_rank_and_traceback() -> None:
     with pytest.raises(RuntimeError, match=r"rank 1 failed(.|\n)*in fail_on_rank_one(.|\n)*rank one is unwell"):
         run_distributed(fail_on_rank_one, 2)
 
 
+@pytest.mark.slow
 def test_a_hanging_run_ends_at_the_timeout() -> None:
     started = time.monotonic()
     with pytest.raises(TimeoutError, match=r"ranks \[0\] had not ended after 3 s"):

@@ -210,6 +210,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     return counter
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("new_step", [2, 1], ids=["new step", "step saved before"])
 def test_a_kill_at_any_write_leaves_a_whole_checkpoint(tmp_path: Path, kill_at: dict[str, int], new_step: int) -> None:
     """Steps 0 and 1 are there; while another is written the run dies, at each write in turn."""

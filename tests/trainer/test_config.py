@@ -59,6 +59,7 @@ def test_a_dataclass_without_its_yaml_has_the_same_values() -> None:
     assert (composed.checkpoint, composed.monitor, composed.init) == (plain.checkpoint, plain.monitor, plain.init)
 
 
+@pytest.mark.slow
 def test_cfg_job_shows_every_key_without_corpora(tmp_path: Path) -> None:
     shown = run_command("trainer.pretrain", ["--cfg", "job"], tmp_path)
     assert shown.returncode == 0 and shown.stderr == ""

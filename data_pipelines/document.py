@@ -131,6 +131,10 @@ class PackedRow:
     skips: dict[tuple[str, str], int] = field(default_factory=dict)
     unreachable: tuple[tuple[int, int], ...] = ()
 
+    @property
+    def num_images(self) -> int:
+        return sum(len(document.image_starts) for document in self.documents)
+
 
 @dataclass
 class Batch:

@@ -18,14 +18,13 @@ import signal
 import weakref
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from conf import UserError
-from data_pipelines.arena import make_arena
+from data_pipelines.arena import Arena
 from data_pipelines.chunk_fetcher import ChunkFetcher
 from data_pipelines.config import DataConfig, SourceConfig
 from data_pipelines.document import Batch, Cursor, Document, PackedRow, SampleKey
@@ -52,8 +51,12 @@ SOURCE_SETTINGS = ("kind", "weight", "holdout", "options")
 
 NO_IMAGES = torch.empty(0, dtype=torch.uint8)
 
-WorkerItem = list[tuple[int, PackedRow]]
-"""(slot, row) of one worker's rows of a micro-batch; their images, one row's after the other's, are in its arena."""
+
+class WorkerItem(NamedTuple):
+    """One worker's rows of a round, by row slot, and where their images lie one after the other: a slot of its arena."""
+
+    rows: list[tuple[int, PackedRow]]
+    arena_slot: int | None
 
 
 def training_sources(config: DataConfig) -> dict[str, SourceConfig]:
@@ -152,7 +155,9 @@ class Loader:
         self._readers = [SourceReader(name, config, index, fetcher) for name, index in indexes.items()]
         buffer_bytes = config.buffer_mb * 2**20 // num_lanes
         self._settings = LaneSettings(config, self._readers, tokenizer, num_queries, image_size, buffer_bytes)
-        self._prefetch_items = -(-config.prefetch_rows // config.micro_batch_rows)
+        num_batches = -(-max(1, config.num_workers) // config.micro_batch_rows)
+        self._round_rows = num_batches * config.micro_batch_rows
+        self._prefetch_items = -(-config.prefetch_rows // self._round_rows)
 
     def __iter__(self) -> Iterator[Batch]:
         batches = self._batches()
@@ -160,14 +165,18 @@ class Loader:
         return batches
 
     def _batches(self) -> Generator[Batch, None, None]:
-        arenas: list[np.ndarray | None] = [*self._make_arenas()] or [None]
+        """Round by round: the fewest micro-batches that give every worker something to do."""
+        arenas = [self._make_arena() for _ in range(self._config.num_workers)]
         items = iter(self._open_workers(arenas))
         try:
-            for j in itertools.count():
-                slots = dict(itertools.chain.from_iterable(_rows_of(_next_item(items), arena, j) for arena in arenas))
-                rows = [slots[slot] for slot in sorted(slots)]
-                self._log_unreachable(rows)
-                yield collate(rows, self._config.seq_len, self._tokenizer.pad, self.source_names)
+            while True:
+                of_workers = [_rows_of(_next_item(items), arena) for arena in arenas or [None]]
+                slots = dict(itertools.chain.from_iterable(of_workers))
+                del of_workers
+                for begin in range(0, self._round_rows, self._config.micro_batch_rows):
+                    rows = [slots.pop(slot) for slot in sorted(slots)[: self._config.micro_batch_rows]]
+                    self._log_unreachable(rows)
+                    yield collate(rows, self._config.seq_len, self._tokenizer.pad, self.source_names)
         finally:
             del items  # ends the workers, even where a traceback keeps this frame
 
@@ -178,18 +187,17 @@ class Loader:
             with self._unreachable_log.open("a") as file:
                 file.write("".join(json.dumps(_told(lane, reader, q)) + "\n" for lane, reader, q in units))
 
-    def _make_arenas(self) -> list[np.ndarray]:
-        """One a worker, which may be at item j + prefetch while item j is collated: no two of these share a slot."""
-        num_images = self._config.micro_batch_rows * self._config.max_images_per_row
-        return [
-            make_arena(self._prefetch_items + 1, num_images, self._settings.image_size)
-            for _ in range(self._config.num_workers)
-        ]
+    def _make_arena(self) -> Arena:
+        return Arena(
+            num_in_flight=self._prefetch_items,
+            num_images=self._round_rows * self._config.max_images_per_row,
+            image_size=self._settings.image_size,
+        )
 
-    def _open_workers(self, arenas: list[np.ndarray | None]) -> DataLoader:
+    def _open_workers(self, arenas: list[Arena]) -> DataLoader:
         """Batches come round-robin: item j of every worker, in worker order, before item j + 1 of any."""
         own = torch.Generator()  # else every start would draw from the process's, and a resumed run's dropout differ
-        rows = _LaneRows(self._settings, self.cursors, self._config.micro_batch_rows, arenas)
+        rows = _LaneRows(self._settings, self.cursors, self._round_rows, arenas)
         if not self._config.num_workers:
             return DataLoader(rows, batch_size=None, collate_fn=_as_it_is, generator=own)
         return DataLoader(
@@ -220,12 +228,12 @@ def _told(lane: int, reader: SourceReader, q: int) -> dict[str, str | int]:
 
 
 class _LaneRows(IterableDataset):
-    """Item j of worker w of W: the rows of micro-batch j that come from its lanes, every W-th of the rank's."""
+    """Item j of worker w of W: the rows of round j that come from its lanes, every W-th of the rank's."""
 
     def __init__(
-        self, settings: LaneSettings, cursors: dict[int, Cursor], micro_batch_rows: int, arenas: list[np.ndarray | None]
+        self, settings: LaneSettings, cursors: dict[int, Cursor], round_rows: int, arenas: Sequence[Arena]
     ) -> None:
-        self._settings, self._cursors, self._num_rows, self._arenas = settings, cursors, micro_batch_rows, arenas
+        self._settings, self._cursors, self._num_rows, self._arenas = settings, cursors, round_rows, arenas
 
     def __iter__(self) -> Iterator[WorkerItem | UserError]:
         worker = get_worker_info()
@@ -242,21 +250,22 @@ class _LaneRows(IterableDataset):
                 slots = range(j * self._num_rows, (j + 1) * self._num_rows)
                 wanted = [(slot, slot % len(self._cursors)) for slot in slots]
                 own = [(slot, lanes[position]) for slot, position in wanted if position in lanes]
-                yield _worker_item(own, self._arenas[worker.id if worker else 0], j)
+                yield _worker_item(own, self._arenas[worker.id] if worker else None)
         except UserError as error:  # raised in a worker, it would reach the user wrapped in a traceback
             yield error
 
 
-def _worker_item(lanes: list[tuple[int, Lane]], arena: np.ndarray | None, j: int) -> WorkerItem:
-    """The next row of each of the lanes, which come with the slots of item j."""
+def _worker_item(lanes: list[tuple[int, Lane]], arena: Arena | None) -> WorkerItem:
+    """The next row of each of the lanes, which come with their row slots."""
     if arena is None:
-        return [(slot, lane.next_row()) for slot, lane in lanes]
-    rows, images = [], arena[j % len(arena)]
+        return WorkerItem([(slot, lane.next_row()) for slot, lane in lanes], None)
+    rows = []
+    arena_slot, images = arena.take()
     for slot, lane in lanes:
         row = lane.next_row(images)
         images = images[len(row.images) :]
         rows.append((slot, dataclasses.replace(row, images=NO_IMAGES)))
-    return rows
+    return WorkerItem(rows, arena_slot)
 
 
 def _next_item(items: Iterator[WorkerItem | UserError]) -> WorkerItem | UserError:
@@ -267,18 +276,18 @@ def _next_item(items: Iterator[WorkerItem | UserError]) -> WorkerItem | UserErro
         raise error.with_traceback(None) from None
 
 
-def _rows_of(item: WorkerItem | UserError, arena: np.ndarray | None, j: int) -> WorkerItem:
-    """Item j with its images, which are good until the next item is asked for."""
+def _rows_of(item: WorkerItem | UserError, arena: Arena | None) -> list[tuple[int, PackedRow]]:
+    """The rows with their images."""
     if isinstance(item, UserError):
         raise item
-    if arena is None:
-        return item
-    rows, images = [], torch.from_numpy(arena[j % len(arena)])
-    for slot, row in item:
-        num_images = sum(len(document.image_starts) for document in row.documents)
-        rows.append((slot, dataclasses.replace(row, images=images[:num_images])))
-        images = images[num_images:]
-    return rows
+    if arena is None or item.arena_slot is None:
+        return item.rows
+    ends = list(itertools.accumulate(row.num_images for _, row in item.rows))
+    images = arena.lend(item.arena_slot, ends[-1] if ends else 0)
+    return [
+        (slot, dataclasses.replace(row, images=images[end - row.num_images : end]))
+        for (slot, row), end in zip(item.rows, ends, strict=True)
+    ]
 
 
 def _as_it_is(item: Any) -> Any:

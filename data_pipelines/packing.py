@@ -149,7 +149,7 @@ def collate(rows: Sequence[PackedRow], seq_len: int, pad: int, source_names: Seq
         input_ids=torch.from_numpy(input_ids),
         document_ids=torch.from_numpy(document_ids),
         position_ids=torch.from_numpy(position_ids),
-        images=torch.cat([row.images for row in rows]),
+        images=rows[0].images if len(rows) == 1 else torch.cat([row.images for row in rows]),  # not copied alone
         image_starts=torch.tensor(image_starts, dtype=torch.int64).reshape(-1, 2),
         document_sources=torch.from_numpy(sources),
         document_ok=torch.from_numpy(document_ok),

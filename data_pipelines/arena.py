@@ -14,7 +14,7 @@ MAX_LENT = 4
 
 
 class Arena:
-    """Slots of uint8 [num_images, 3, image_size, image_size] that one forked worker shares with its parent.
+    """Slots of uint8 [num_images, 3, image_size, image_size], channels-last, that a forked worker and its parent share.
 
     num_in_flight: items that the worker may have finished before the parent takes one. Slots take up memory only once
     they are written, and are used again and again: a fresh shared page costs the kernel several times as much as the
@@ -23,7 +23,7 @@ class Arena:
 
     def __init__(self, num_in_flight: int, num_images: int, image_size: int) -> None:
         num_slots = num_in_flight + 1 + MAX_LENT
-        self._slots = _shared((num_slots, num_images, 3, image_size, image_size))
+        self._slots = _shared((num_slots, num_images, image_size, image_size, 3)).transpose(0, 1, 4, 2, 3)
         self._is_taken = _shared((num_slots,))
         self._num_lent = 0
 
@@ -40,7 +40,7 @@ class Arena:
         """
         images = self._slots[number, :num_images]
         if self._num_lent == MAX_LENT:
-            copy = torch.from_numpy(images.copy())
+            copy = torch.from_numpy(images.copy(order="K"))
             self._is_taken[number] = 0
             return copy
         self._num_lent += 1

@@ -142,7 +142,8 @@ class Batch:
 
     input_ids int64 [B, S]; document_ids int32 [B, S], 1.. within a row, 0 = padding;
     position_ids int64 [B, S], restarting in every document;
-    images uint8 [M, 3, H, W], not normalised; image_starts int64 [M, 2]: row, column of each ``[IMG]``, row-major;
+    images uint8 [M, 3, H, W], not normalised, channels-last in memory;
+    image_starts int64 [M, 2]: row, column of each ``[IMG]``, row-major;
     document_sources int64 [B, D]: source number (-1 = no document); document_ok bool [B, D].
     keys[b][d], names of the samples; cursors: lane -> cursor after its last row in this batch.
     """

@@ -72,6 +72,7 @@ class Index:
         self.num_defects: int = header["num_defects"]
         self.max_chunk_samples: int = header["max_chunk_samples"]
         self.num_disagreements: int = header["num_disagreements"]
+        self.patterns: list[str] = header["patterns"]
         self._header = header
         self._shards = _Table(path / "shards.npy", SHARD_FIELDS, self.num_shards)
         self._chunks = _Table(path / "chunks.npy", CHUNK_FIELDS, self.num_chunks)
@@ -120,7 +121,7 @@ class Index:
         """Raises UserError when the local patterns of the shards find one more than were indexed."""
         indexed = {self.url(shard) for shard in range(self.num_shards)}
         try:
-            found = {url for pattern in self._header["patterns"] for url in expand_shards(pattern)}
+            found = {url for pattern in self.patterns for url in expand_shards(pattern)}
         except UserError:  # a relative pattern, seen from another folder
             return
         added = sorted(found - indexed)
@@ -138,7 +139,7 @@ class Index:
 
     def _build_again(self) -> str:
         made = self._header
-        patterns = " ".join(f"'{pattern}'" for pattern in made["patterns"])
+        patterns = " ".join(f"'{pattern}'" for pattern in self.patterns)
         return (
             f"run python -m data_pipelines.prepare.index {made['source']} {patterns} --out {self.path} "
             f"--chunk-samples {made['chunk_samples']} --chunk-mb {made['chunk_mb']:g} again"
@@ -203,6 +204,6 @@ def open_index(path: str | Path) -> Index:
         for shard in range(index.num_shards):
             if is_local(index.url(shard)):
                 index.check_shard(shard)
-        if all(map(is_local, header["patterns"])):
+        if all(map(is_local, index.patterns)):
             index.check_pattern()
     return index

@@ -34,7 +34,7 @@ from data_pipelines.retries import UnreachableError
 from data_pipelines.tokenizer import Tokenizer
 
 DOCUMENTS_PER_DRAW = 32
-MIN_FIRST_WINDOW_ROWS = 8
+MIN_WINDOW_ROWS = 8
 ROWS_AHEAD = 4
 """So many rows before a window ends, the first chunks of the next one are fetched."""
 
@@ -123,7 +123,7 @@ class Lane:
         """Images uint8 [M, 3, H, W] of a row, blank where a picture is broken, and which documents are whole."""
         size, max_pixels = self._settings.image_size, int(self._settings.config.max_image_megapixels * 1e6)
         num_images, position = sum(len(document.image_starts) for document in documents), 0
-        images = np.zeros((num_images, 3, size, size), np.uint8) if out is None else out[:num_images]
+        images = blank_images(num_images, size) if out is None else out[:num_images]
         places: list[tuple[int, int]] = []
         pictures: list[Picture] = []
         failures: list[tuple[int, int, str]] = []
@@ -160,6 +160,11 @@ class Lane:
         return [e for e in again.elements if not isinstance(e, Text)][: len(document.image_starts)]
 
 
+def blank_images(num_images: int, image_size: int) -> np.ndarray:
+    """uint8 [num_images, 3, image_size, image_size], channels-last as the pictures come."""
+    return np.zeros((num_images, image_size, image_size, 3), np.uint8).transpose(0, 3, 1, 2)
+
+
 def first_cursor(lane: int, num_sources: int) -> Cursor:
     return Cursor(window=0, row=0, sources=((lane, 0),) * num_sources)
 
@@ -187,10 +192,10 @@ def fill_window(lane: int, cursor: Cursor, settings: LaneSettings) -> Window:
 
 
 def _window_tokens(lane: int, window: int, config: DataConfig) -> int:
-    """The first windows are of different lengths: else all lanes would be refilled at the same step."""
+    """The second windows are of different lengths: else all lanes would be refilled at the same step for ever."""
     rows = config.window_rows
-    if window == 0:
-        rows = min(rows, max(MIN_FIRST_WINDOW_ROWS, rows * (lane + 1) // config.lanes))
+    if window == 1:
+        rows = min(rows, max(MIN_WINDOW_ROWS, rows * (lane + 1) // config.lanes))
     return rows * config.seq_len
 
 

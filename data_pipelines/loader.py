@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import functools
+import gc
 import hashlib
 import itertools
 import json
@@ -53,7 +54,7 @@ NO_IMAGES = torch.empty(0, dtype=torch.uint8)
 
 
 class WorkerItem(NamedTuple):
-    """One worker's rows of a round, by row slot, and where their images lie one after the other: a slot of its arena."""
+    """(row slot, row) of one worker in a round; their images lie one after the other in a slot of its arena."""
 
     rows: list[tuple[int, PackedRow]]
     arena_slot: int | None
@@ -166,14 +167,12 @@ class Loader:
 
     def _batches(self) -> Generator[Batch, None, None]:
         """Round by round: the fewest micro-batches that give every worker something to do."""
-        arenas = [self._make_arena() for _ in range(self._config.num_workers)]
+        arenas = [self._make_arena() for _ in range(self._config.num_workers)] or [None]
         items = iter(self._open_workers(arenas))
         try:
             while True:
-                of_workers = [_rows_of(_next_item(items), arena) for arena in arenas or [None]]
-                slots = dict(itertools.chain.from_iterable(of_workers))
-                del of_workers
-                for begin in range(0, self._round_rows, self._config.micro_batch_rows):
+                slots = dict(itertools.chain.from_iterable(_rows_of(_next_item(items), arena) for arena in arenas))
+                while slots:
                     rows = [slots.pop(slot) for slot in sorted(slots)[: self._config.micro_batch_rows]]
                     self._log_unreachable(rows)
                     yield collate(rows, self._config.seq_len, self._tokenizer.pad, self.source_names)
@@ -187,14 +186,14 @@ class Loader:
             with self._unreachable_log.open("a") as file:
                 file.write("".join(json.dumps(_told(lane, reader, q)) + "\n" for lane, reader, q in units))
 
-    def _make_arena(self) -> Arena:
+    def _make_arena(self) -> Arena | None:
         return Arena(
             num_in_flight=self._prefetch_items,
             num_images=self._round_rows * self._config.max_images_per_row,
             image_size=self._settings.image_size,
         )
 
-    def _open_workers(self, arenas: list[Arena]) -> DataLoader:
+    def _open_workers(self, arenas: list[Arena | None]) -> DataLoader:
         """Batches come round-robin: item j of every worker, in worker order, before item j + 1 of any."""
         own = torch.Generator()  # else every start would draw from the process's, and a resumed run's dropout differ
         rows = _LaneRows(self._settings, self.cursors, self._round_rows, arenas)
@@ -231,7 +230,7 @@ class _LaneRows(IterableDataset):
     """Item j of worker w of W: the rows of round j that come from its lanes, every W-th of the rank's."""
 
     def __init__(
-        self, settings: LaneSettings, cursors: dict[int, Cursor], round_rows: int, arenas: Sequence[Arena]
+        self, settings: LaneSettings, cursors: dict[int, Cursor], round_rows: int, arenas: Sequence[Arena | None]
     ) -> None:
         self._settings, self._cursors, self._num_rows, self._arenas = settings, cursors, round_rows, arenas
 
@@ -250,7 +249,7 @@ class _LaneRows(IterableDataset):
                 slots = range(j * self._num_rows, (j + 1) * self._num_rows)
                 wanted = [(slot, slot % len(self._cursors)) for slot in slots]
                 own = [(slot, lanes[position]) for slot, position in wanted if position in lanes]
-                yield _worker_item(own, self._arenas[worker.id] if worker else None)
+                yield _worker_item(own, self._arenas[worker.id if worker else 0])
         except UserError as error:  # raised in a worker, it would reach the user wrapped in a traceback
             yield error
 
@@ -305,7 +304,11 @@ def _end_workers() -> None:
 
 
 def _outlive_signals(rank_pid: int, _: int) -> None:
-    """Workers serve the last micro-batches before a stop that a signal asked for, and die with their rank."""
+    """Workers serve the last micro-batches before a stop that a signal asked for, and die with their rank.
+
+    What the rank has not yet collected is not theirs to collect: objects with threads would wait for them for ever.
+    """
+    gc.freeze()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     end_with_parent(rank_pid)

@@ -14,6 +14,7 @@ from data_pipelines.index import Index
 from data_pipelines.order import SampleRandom, Units, is_held_out
 from data_pipelines.retries import UnreachableError
 from data_pipelines.sources import make_source
+from data_pipelines.stores import is_local
 from data_pipelines.tar_samples import parse_samples
 
 KeyedSample = tuple[SampleKey, RawSample]
@@ -35,6 +36,7 @@ class SourceReader:
         self.skip_unreachable = config.skip_unreachable
         self._fetcher = fetcher or ChunkFetcher(config)
         self.units = Units(index, name, config.seed, config.lanes)
+        self.is_local = all(map(is_local, index.patterns))
         self._random = SampleRandom(config.seed)
         self._holdout = config.sources[name].holdout
         self._max_member_bytes = int(config.max_member_mb * 2**20)
@@ -165,6 +167,8 @@ class SourceStream:
 
     def read_ahead(self, done: float) -> None:
         """Have the units fetched that the rest of a window should need when `done` of it (0 to 1) is filled."""
+        if self.reader.is_local:
+            return
         wanted = self._num_taken * (1 / done - 1) - len(self._samples)
         first = self._q + (self._lanes if self._samples else 0)
         for q in range(first, first + MAX_UNITS_AHEAD * self._lanes, self._lanes):

@@ -72,16 +72,20 @@ def _read_with_decord(video: bytes, frames: Sequence[Frame], promised: int, imag
         reader = decord.VideoReader(io.BytesIO(video), num_threads=1)
     except Exception:  # as in _read_header; PyAV has the last word
         return None
-    if len(reader) != promised and len(reader) != _count_frames(video, promised):
-        return None
-    numbers = [frame_index(frame, len(reader)) for frame in frames]
-    pixels = {}
     try:
+        if len(reader) != promised and len(reader) != _count_frames(video, promised):
+            return None
+        numbers = [frame_index(frame, len(reader)) for frame in frames]
+        pixels = {}
         for number in sorted(set(numbers)):  # one at a time: together they may be gigabytes
             pixels[number] = resize_to_square(reader.get_batch([number]).asnumpy()[0], image_size)
+        return [pixels[number] for number in numbers]
+    except DecodeError:
+        raise
     except Exception:
         return None
-    return [pixels[number] for number in numbers]
+    finally:
+        del reader  # a traceback would keep it, and a fork that collects it waits for its threads for ever
 
 
 def _read_with_av(video: bytes, frames: Sequence[Frame], promised: int, image_size: int) -> list[np.ndarray]:

@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader
 from data_pipelines.config import DataConfig, SourceConfig
 from data_pipelines.document import Document, Frame, Image
 from data_pipelines.images import decode_rgb, resize_to_square
-from data_pipelines.lane import blank_images
 from data_pipelines.loader import Loader, open_indexes
+from data_pipelines.pictures import blank_images
 from data_pipelines.reader import SourceReader
 from data_pipelines.tokenizer import Tokenizer
 from data_pipelines.video import frame_index

@@ -57,15 +57,20 @@ def cut_box(rgb: np.ndarray, box: tuple[int, int, int, int] | None) -> np.ndarra
 
 
 def resize_to_square(rgb: np.ndarray, image_size: int) -> np.ndarray:
-    """uint8 [H, W, 3] -> uint8 [3, image_size, image_size], bicubic, aspect ratio not kept, as in Emu's own code.
+    """uint8 [H, W, 3] -> uint8 [3, image_size, image_size], channels-last, as `resize_into` has it."""
+    out = np.empty((image_size, image_size, 3), np.uint8).transpose(2, 0, 1)
+    resize_into(out, rgb)
+    return out
 
-    torch's filter is Pillow's and takes a fraction of the time. The pixels stay channels-last in memory: to make planes
-    of them, which is all that F.interpolate can give, would take as long as the resize of a small picture.
+
+def resize_into(out: np.ndarray, rgb: np.ndarray) -> None:
+    """uint8 [H, W, 3] -> out, uint8 [3, S, S]: bicubic, aspect ratio not kept, as in Emu's own code.
+
+    torch's filter is Pillow's and takes a fraction of the time. `out` should be channels-last in memory: to make planes
+    of the pixels, which is all that F.interpolate can give, takes as long as the resize of a small picture.
     """
-    out = torch.empty((1, image_size, image_size, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
     pixels = torch.from_numpy(np.ascontiguousarray(rgb)[None]).permute(0, 3, 1, 2)
-    torch.ops.aten._upsample_bicubic2d_aa.out(pixels, out.shape[2:], False, None, None, out=out)
-    return out[0].numpy()
+    torch.ops.aten._upsample_bicubic2d_aa.out(pixels, out.shape[1:], False, None, None, out=torch.from_numpy(out[None]))
 
 
 def _decode_jpeg(encoded: bytes, max_pixels: int, min_side: int | None) -> np.ndarray | None:

@@ -24,11 +24,10 @@ from data_pipelines.document import (
     Text,
     TokenizedDocument,
 )
-from data_pipelines.headers import DecodeError
 from data_pipelines.mixture import Mixture, TokenShare
 from data_pipelines.order import permute
 from data_pipelines.packing import pack, tokenize_documents
-from data_pipelines.pictures import decode_one_by_one
+from data_pipelines.pictures import blank_images, decode_into
 from data_pipelines.reader import UNREACHABLE, SourceReader, SourceStream
 from data_pipelines.retries import UnreachableError
 from data_pipelines.tokenizer import Tokenizer
@@ -121,9 +120,9 @@ class Lane:
         self, documents: list[TokenizedDocument], skips: SkipCounts, out: np.ndarray | None
     ) -> tuple[torch.Tensor, list[bool]]:
         """Images uint8 [M, 3, H, W] of a row, blank where a picture is broken, and which documents are whole."""
-        size, max_pixels = self._settings.image_size, int(self._settings.config.max_image_megapixels * 1e6)
+        max_pixels = int(self._settings.config.max_image_megapixels * 1e6)
         num_images, position = sum(len(document.image_starts) for document in documents), 0
-        images = blank_images(num_images, size) if out is None else out[:num_images]
+        images = blank_images(num_images, self._settings.image_size) if out is None else out[:num_images]
         places: list[tuple[int, int]] = []
         pictures: list[Picture] = []
         failures: list[tuple[int, int, str]] = []
@@ -135,11 +134,8 @@ class Lane:
             places += [(d, position + i) for i in range(len(several or ()))]
             pictures += several or ()
             position += len(document.image_starts)
-        for place, image in decode_one_by_one(pictures, size, max_pixels):
-            d, position = places[place]
-            if isinstance(image, DecodeError):
-                failures.append((d, position, image.reason))
-            images[position] = 0 if isinstance(image, DecodeError) else image
+        errors = decode_into([images[position] for _, position in places], pictures, max_pixels)
+        failures += [(*places[place], error.reason) for place, error in errors.items()]
         first_failures = {d: reason for d, _, reason in sorted(failures, reverse=True)}
         skips.update((documents[d].key.source, reason) for d, reason in first_failures.items())
         document_ok = [d not in first_failures for d in range(len(documents))]
@@ -158,11 +154,6 @@ class Lane:
             return None
         assert isinstance(again, Document), "a source must be a pure function"
         return [e for e in again.elements if not isinstance(e, Text)][: len(document.image_starts)]
-
-
-def blank_images(num_images: int, image_size: int) -> np.ndarray:
-    """uint8 [num_images, 3, image_size, image_size], channels-last as the pictures come."""
-    return np.zeros((num_images, image_size, image_size, 3), np.uint8).transpose(0, 3, 1, 2)
 
 
 def first_cursor(lane: int, num_sources: int) -> Cursor:

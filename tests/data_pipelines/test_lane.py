@@ -240,7 +240,7 @@ def test_second_windows_are_staggered_and_rows_well_filled(small_config: DataCon
     for number in range(4):
         lane = make_lane(settings, number)
         tokens = {0: 0, 1: 0, 2: 0}
-        for _ in range(130):
+        for _ in range(160):
             row = lane.next_row()
             window = row.cursor.window - (row.cursor.row == 0)
             if window in tokens:

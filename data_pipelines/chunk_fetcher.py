@@ -15,6 +15,10 @@ from data_pipelines.shards import fetch_range
 from data_pipelines.stores import is_local
 
 NUM_THREADS = 8
+REMEDY = (
+    "start again when its store answers, raise data.retry_minutes, "
+    "or pass over such chunks with data.skip_unreachable=true"
+)
 
 
 class ChunkFetcher:
@@ -58,7 +62,7 @@ class ChunkFetcher:
         url = index.url(chunk.shard)
 
         def fetch() -> bytes:
-            fetched = fetch_range(url, chunk.offset, chunk.nbytes, retry_minutes, self._timeout_s)
+            fetched = fetch_range(url, chunk.offset, chunk.nbytes, retry_minutes, self._timeout_s, REMEDY)
             index.check_stat(chunk.shard, fetched.stat)
             if len(fetched.data) != chunk.nbytes:
                 index.raise_unlike(chunk)

@@ -25,7 +25,8 @@ data.sources.laion.weight=0 (leaves a source out). Indexes that do not exist yet
 LINT = """\
 Read the samples of every source as training does, decode the pictures of some, and list what is broken.
 Exit code 1 when something would stop training or is missing from a damaged shard (marked "broken"); 0 when
-samples are only skipped or masked, which training does by itself and counts."""
+samples are only skipped or masked, which training does by itself and counts, or a file beside a shard counts other
+samples than the shard holds (marked "remark")."""
 INFO = """\
 Count samples, shards and bytes, draw histograms of tokens, images, sizes and aspect ratios of a part of the samples,
 and compare the mixture that is configured with what the first rows hold."""

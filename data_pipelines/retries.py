@@ -13,6 +13,7 @@ from data_pipelines.stores import PermanentError, TransientError
 
 FIRST_DELAY_S, MAX_DELAY_S = 0.2, 30.0
 TELL_AFTER = 4
+REMEDY = "start again when its store answers, or leave it out of the shard pattern"
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -24,8 +25,11 @@ class UnreachableError(UserError):
     """A shard that cannot be read: it is missing, or the time for further tries is over."""
 
 
-def with_retries(attempt: Callable[[], T], url: str, minutes: float) -> T:
-    """What `attempt` returns, tried again after a TransientError for `minutes`. Raises UnreachableError."""
+def with_retries(attempt: Callable[[], T], url: str, minutes: float, remedy: str = REMEDY) -> T:
+    """What `attempt` returns, tried again after a TransientError for `minutes`.
+
+    Raises UnreachableError; remedy: what it advises when the time is over, in words of the command that runs.
+    """
     end = time.monotonic() + 60 * minutes
     delay, num_failed = FIRST_DELAY_S, 0
     while True:
@@ -39,8 +43,7 @@ def with_retries(attempt: Callable[[], T], url: str, minutes: float) -> T:
             seconds_left = end - time.monotonic()
             if seconds_left <= 0:
                 raise UnreachableError(
-                    f"the shard {url} could not be read in {minutes:g} minutes ({error}): start again when its store "
-                    "answers, raise data.retry_minutes, or pass over such chunks with data.skip_unreachable=true"
+                    f"the shard {url} could not be read in {minutes:g} minutes ({error}): {remedy}"
                 ) from error
             num_failed += 1
             if num_failed == TELL_AFTER:

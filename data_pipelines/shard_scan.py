@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -27,6 +28,8 @@ stepping is free."""
 MAX_HEADER_BYTES = 1 << 20
 MAX_STATS_BYTES, MAX_SIZES_BYTES = 1 << 20, 1 << 26
 """Of files beside a shard; sizes.json of a million shards has some 20 MB."""
+DISAGREEMENT = re.compile(r": holds \d+ samples, but .+ beside it says -?\d+$")
+"""How a line of defects.txt ends that tells of a disagreement; the other lines tell of damage."""
 
 
 @dataclass

@@ -14,7 +14,7 @@ from braceexpand import braceexpand
 
 from conf import UserError
 from data_pipelines import stores
-from data_pipelines.retries import with_retries
+from data_pipelines.retries import REMEDY, with_retries
 from data_pipelines.stores import Fetched, ShardStat, is_local, local_path
 
 RETRY_MINUTES = 1.0
@@ -70,12 +70,14 @@ def fetch_range(
     nbytes: int,
     retry_minutes: float = RETRY_MINUTES,
     timeout_s: float = stores.REQUEST_TIMEOUT_S,
+    remedy: str = REMEDY,
 ) -> Fetched:
     """At most `nbytes` bytes of a shard from `offset` on, fewer where it ends, and the version that they are of.
 
-    Raises UnreachableError when the shard is missing, or its store gave no whole answer in `retry_minutes`.
+    Raises UnreachableError when the shard is missing, or its store gave no whole answer in `retry_minutes`; it then
+    advises `remedy`.
     """
-    return with_retries(lambda: stores.read(url, offset, nbytes, timeout_s), url, retry_minutes)
+    return with_retries(lambda: stores.read(url, offset, nbytes, timeout_s), url, retry_minutes, remedy)
 
 
 def read_range(url: str, offset: int, nbytes: int) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.markup import escape
@@ -13,7 +13,7 @@ from data_pipelines.inspecting.bench import STAGES, Speed
 from data_pipelines.inspecting.info import Histogram, MixtureInfo, SourceInfo
 from data_pipelines.inspecting.lint import DUPLICATE, Findings
 
-BROKEN_SHOWN = 20
+SENTENCES_SHOWN = 20
 HELD_OUT = "held out (not skipped: usable for validation)"
 TITLES = {
     "tokens": "tokens a document",
@@ -47,12 +47,15 @@ def show_lint(findings: Mapping[str, Findings], console: Console) -> None:
     if reasons.row_count:
         console.print("", reasons)
     for name, found in findings.items():
-        for sentence in found.broken[:BROKEN_SHOWN]:
-            console.print(f"[red]broken[/red] {name}: {escape(sentence)}", soft_wrap=True)
-        if len(found.broken) > BROKEN_SHOWN:
-            console.print(
-                f"[red]broken[/red] {name}: and {len(found.broken) - BROKEN_SHOWN} more (--json has them all)"
-            )
+        show_sentences(f"[red]broken[/red] {name}", found.broken, console)
+        show_sentences(f"[yellow]remark[/yellow] {name}", found.remarks, console)
+
+
+def show_sentences(label: str, sentences: Sequence[str], console: Console) -> None:
+    for sentence in sentences[:SENTENCES_SHOWN]:
+        console.print(f"{label}: {escape(sentence)}", soft_wrap=True)
+    if len(sentences) > SENTENCES_SHOWN:
+        console.print(f"{label}: and {len(sentences) - SENTENCES_SHOWN} more (--json has them all)")
 
 
 def short(url: str) -> str:

@@ -26,6 +26,7 @@ from data_pipelines.order import stable_hash
 from data_pipelines.pictures import decode_pictures
 from data_pipelines.processes import end_with_parent
 from data_pipelines.reader import SourceReader
+from data_pipelines.shard_scan import DISAGREEMENT
 
 EXAMPLES = 3
 CHUNKS_AHEAD = 4
@@ -48,8 +49,9 @@ class Example(NamedTuple):
 class Findings:
     """What was found in a source, or in a part of it.
 
-    broken: sentences about what stops training or is missing from damaged shards. skips, undecodable: reason ->
-    samples; examples: up to three of each reason. num_decoded: samples whose pictures were decoded.
+    broken: sentences about what stops training or is missing from damaged shards; remarks: about files beside shards
+    that count other samples. skips, undecodable: reason -> samples; examples: up to three of each reason. num_decoded:
+    samples whose pictures were decoded.
     """
 
     num_shards: int = 0
@@ -59,6 +61,7 @@ class Findings:
     num_decoded: int = 0
     num_duplicates: int = 0
     broken: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
     skips: Counter[str] = field(default_factory=Counter)
     undecodable: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[Example]] = field(default_factory=dict)
@@ -67,6 +70,7 @@ class Findings:
         for name in ("num_samples", "num_documents", "num_held_out", "num_decoded"):
             setattr(self, name, getattr(self, name) + getattr(part, name))
         self.broken += [sentence for sentence in part.broken if sentence not in self.broken]
+        self.remarks += [sentence for sentence in part.remarks if sentence not in self.remarks]
         self.skips.update(part.skips)
         self.undecodable.update(part.undecodable)
         for reason, examples in part.examples.items():
@@ -132,7 +136,8 @@ def lint_source(name: str, config: DataConfig, max_samples: int | None, max_deco
     index, broken = open_in_spite(name, config)
     if index is None:
         return Findings(broken=broken)
-    findings = Findings(broken=broken + read_defects(index), num_shards=index.num_shards)
+    damages, remarks = read_defects(index)
+    findings = Findings(broken=broken + damages, remarks=remarks, num_shards=index.num_shards)
     chunks = choose_chunks(index, max_samples)
     num_samples = sum(index.chunk(chunk).num_samples for chunk in chunks)
     decode_every = 1 if max_decoded is None else num_samples // max_decoded or 1 if max_decoded else 0
@@ -172,8 +177,11 @@ def changed_shards(index: Index) -> Iterator[str]:
             yield str(error)
 
 
-def read_defects(index: Index) -> list[str]:
-    return (index.path / "defects.txt").read_text("utf-8", "surrogateescape").splitlines()
+def read_defects(index: Index) -> tuple[list[str], list[str]]:
+    """What is missing from damaged shards, and what files beside shards say otherwise: the tar alone is believed."""
+    lines = (index.path / "defects.txt").read_text("utf-8", "surrogateescape").splitlines()
+    remarks = [line for line in lines if DISAGREEMENT.search(line)]
+    return [line for line in lines if not DISAGREEMENT.search(line)], remarks
 
 
 def choose_chunks(index: Index, max_samples: int | None) -> Iterable[int]:

@@ -244,6 +244,32 @@ def test_lint_exits_with_1_where_something_is_broken(
     assert "1 sources are broken\nnext: restore" in out
 
 
+def test_a_count_beside_a_shard_that_disagrees_is_only_a_remark(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    write_texts(tmp_path / "text-0.tar", 0, 31)
+    (tmp_path / "text-0_stats.json").write_text('{"successes": 30}')
+    remark = f"{tmp_path / 'text-0.tar'}: holds 31 samples, but text-0_stats.json beside it says 30"
+    options = [f"data.sources.words.shards={tmp_path / 'text-*.tar'}", "data.sources.pictures.weight=0"]
+    options += ["data.sources.words.holdout=0", "--config", str(saved)]
+    code, out = run(monkeypatch, capsys, "lint", "--json", *options)
+    words = json.loads(out)["words"]
+    assert (code, words["broken"], words["remarks"]) == (0, [], [remark])
+    code, out = run(monkeypatch, capsys, "lint", *options)
+    assert code == 0 and f"remark words: {remark}" in out and "0 sources are broken" in out
+
+
+def test_damage_is_no_remark_where_a_count_disagrees_as_well(small_config: DataConfig, tmp_path: Path) -> None:
+    shard = write_texts(tmp_path / "cut.tar", 0, 25)
+    shard.write_bytes(shard.read_bytes()[:-12_000])
+    (tmp_path / "cut_stats.json").write_text('{"successes": 25}')
+    sources = {"words": SourceConfig(kind="text", shards=str(shard))}
+    config = dataclasses.replace(small_config, sources=sources, index_dir=str(tmp_path / "index"))
+    found = lint_source("words", config, None, 0)
+    assert len(found.broken) == 1 and "the rest is left out" in found.broken[0]
+    assert len(found.remarks) == 1 and "cut_stats.json beside it says 25" in found.remarks[0]
+
+
 def test_findings_of_parts_add_up() -> None:
     whole = Findings()
     for part in range(5):

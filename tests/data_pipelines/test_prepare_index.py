@@ -6,12 +6,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from conf import UserError
+from data_pipelines import shard_scan
 from data_pipelines.index_builder import build_index
 from data_pipelines.index_parts import Parts
+from data_pipelines.prepare.index import main
+from data_pipelines.shards import stat_shard
 from tests.data_pipelines.corpora import write_texts
 
 
@@ -106,9 +111,25 @@ def test_a_job_array_says_what_comes_next(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_options_are_told(options: tuple, told: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from conf import UserError
-    from data_pipelines.prepare.index import main
-
     monkeypatch.setattr(sys, "argv", ["index", "x", "0.tar", "--out", str(tmp_path / "index"), *map(str, options)])
     with pytest.raises(UserError, match=told):
         main()
+
+
+@pytest.mark.parametrize(
+    ("shard", "told"),
+    [
+        ("http://127.0.0.1:9/0.tar", r"could not be read in 0 minutes \(.*\): start again .* or leave it out"),
+        ("{folder}/0.tar", r"cannot be read \(No such file or directory\): restore it, or change the shard pattern"),
+    ],
+)
+def test_a_shard_out_of_reach_is_told_in_the_words_of_this_command(
+    shard: str, told: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Options of data belong to training jobs."""
+    monkeypatch.setattr(shard_scan, "stat_shard", partial(stat_shard, retry_minutes=0))
+    shard = shard.format(folder=tmp_path)
+    monkeypatch.setattr(sys, "argv", ["index", "x", shard, "--out", str(tmp_path / "index"), "--workers", "1"])
+    with pytest.raises(UserError, match=rf"^the shard \S+0\.tar {told}") as raised:
+        main()
+    assert "data." not in str(raised.value)

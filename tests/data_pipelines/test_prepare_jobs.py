@@ -84,7 +84,7 @@ def test_the_index_takes_every_sample(prepared: Prepared, tmp_path: Path) -> Non
     index = build_index("corpus", str(tmp_path / "whole" / "*.tar"), tmp_path / "index")
     samples = [sample for path in sorted((tmp_path / "whole").glob("*.tar")) for sample in read_samples(path)]
     assert index.num_samples == len(samples) == stats_of(tmp_path / "whole")["success"]
-    assert index.num_defects == 0 and not any(sample.defect for sample in samples)
+    assert index.num_defects == index.num_disagreements == 0 and not any(sample.defect for sample in samples)
 
 
 def test_changed_input_is_refused(tmp_path: Path) -> None:

@@ -103,15 +103,16 @@ def test_names_never_lead_out_of_the_folder(tmp_path: Path) -> None:
     (tmp_path / "images" / "7" / "folder.jpg").mkdir()
     (tmp_path / "images" / "7" / "circle.jpg").symlink_to("circle.jpg")
     os.mkfifo(tmp_path / "images" / "7" / "pipe.jpg")
-    names = ["../../secret.jpg", str(tmp_path / "secret.jpg"), "link.jpg", "..", "", "a\0b", 7, None, "x" * 300]
+    names = ["../../secret.jpg", str(tmp_path / "secret.jpg"), "link.jpg", "..", "", "a\0b", "..\\secret.jpg"]
+    names += [7, None, "x" * 300]
     names += ["folder.jpg", "pipe.jpg", "circle.jpg"]
     hostile = {**page(7, 0), "image_info": [{"image_name": name} for name in names] + [{}]}
     (sample,) = prepare(tmp_path, hostile)
     assert set(sample.members) == {"json"}
     counts = stats_of(tmp_path / "out")
-    assert counts.pop("success") == 1 and counts.pop("images named by the pages") == 13
+    assert counts.pop("success") == 1 and counts.pop("images named by the pages") == 14
     assert counts == {
-        "image has an unsafe name": 8,
+        "image has an unsafe name": 9,
         "image lies outside its folder": 1,
         "image cannot be read": 3,
         "image is no regular file": 1,

@@ -65,7 +65,28 @@ def test_times_and_texts(folder: Path) -> None:
     story = json.loads(made(folder).members["json"])["storyboard"]
     assert (story["interval"], story["count"], story["level"], story["columns"]) == (2, 6, 2, 2)
     assert story["sheets"][1] == {"columns": 2, "rows": 1, "count": 2, "ext": "png"}
-    assert set(made(folder).members) == {"json", "sb_0.png", "sb_1.png"}
+    members = {name: member for name, member in made(folder).members.items() if name != "json"}
+    assert members == {"sb_0.png": picture((9, 9, 9), (16, 12)), "sb_1.png": picture((5, 5, 5), (16, 6))}
+
+
+def test_the_interval_is_the_share_of_the_duration(folder: Path) -> None:
+    """24 seconds in 6 tiles; one tile more or less would give 3 or 5 seconds."""
+    info = write_ytdlp_video(folder, "video000000")
+    info["formats"][0] |= {"fps": 0.25, "fragments": [{"duration": 16.0}, {"duration": 8.0}]}
+    (folder / f"{STEM}.info.json").write_text(json.dumps(info))
+    prepare(folder)
+    story = json.loads(made(folder).members["json"])["storyboard"]
+    assert (story["interval"], story["count"]) == (4, 6)
+
+
+def test_neighbours_of_one_key_would_be_read_as_one_sample(folder: Path) -> None:
+    """Also where what stands between them gives no sample."""
+    for place, video_id, vtt in (("1", "twin", None), ("2", "silent", ""), ("3", "twin", None), ("4", "other", None)):
+        (folder / place).mkdir()
+        write_ytdlp_video(folder / place, video_id, vtt)
+    counts = prepare(folder)
+    assert (counts["same key as the sample before"], counts["no subtitles"]) == (1, 1)
+    assert [sample.name for sample in samples_of(folder.parent / "out")] == ["always-good", "twin", "other"]
 
 
 def test_a_sheet_that_failed_is_told_by_its_number(folder: Path) -> None:
@@ -127,6 +148,9 @@ def test_too_many_sheets_are_refused() -> None:
         ({"width": 0}, "malformed"),
         ({"width": 9}, "sheet smaller than its tiles"),
         ({"width": 8.5}, "malformed"),
+        ({"fps": 7 / 12}, "sheet smaller than its tiles"),  # a third tile in a sheet of two
+        ({"fps": 9 / 12}, "tiles and sheets do not agree"),  # one more than two sheets hold
+        ({"fps": 4 / 12}, "tiles and sheets do not agree"),  # none is left for the second sheet
         ({"fps": 1e300}, "tiles and sheets do not agree"),
         ({"fps": float("nan")}, "malformed"),
         ({"columns": 10**5, "rows": 10**5}, "unlikely grid"),

@@ -11,6 +11,7 @@ from data_pipelines.config import DataConfig
 from data_pipelines.document import Image, RawSample, Skip, Text
 from data_pipelines.images import decode_image
 from data_pipelines.sources.common import clean_subtitle
+from data_pipelines.sources.storyboard_forms import frame_interval
 from tests.data_pipelines.sources_helpers import document, encode, picture, rng, sample, shape, source, texts, to_bytes
 
 TILE = (16, 12)
@@ -86,6 +87,15 @@ def test_unknown_interval_is_the_rounded_share_of_the_duration(interval: float |
     assert reason(no_duration) == "no duration"
 
 
+@pytest.mark.parametrize(
+    ("duration", "num_frames", "seconds"),
+    [(12.0, 4, 3), (100.0, 9, 11), (26.0, 10, 3), (1.0, 1, 1), (2.0, 5, 0.4), (2.0, 4, 0.5)],
+)
+def test_frames_share_the_duration(duration: float, num_frames: int, seconds: float) -> None:
+    """In whole seconds, exactly where that would be none."""
+    assert frame_interval(duration, num_frames) == seconds
+
+
 def test_emu_sheets() -> None:
     """final_meta.json holds the size of the whole sheet: the tile is its share; the interval is round(14 / 8) = 2."""
     meta = {"sb": {"0": [48, 24, 3, 2, 6, "webp"], "1": [32, 12, 2, 1, 2, "webp"]}, "duration": 14}
@@ -95,10 +105,13 @@ def test_emu_sheets() -> None:
 
 
 def test_emu_sheets_are_in_numeric_order() -> None:
-    meta = {"sb": {str(number): [16, 12, 1, 1, 1, "webp"] for number in range(12)}, "duration": 24}
-    members = {f"sb_{number}__webp": sheet(range(number, number + 1), 1) for number in range(12)}
-    raw = sample(final_meta__json={**meta, "subtitle": lines((100.0, "x"))}, **members)
-    assert read(raw, max_frames=12) == [*range(12), "x"]
+    """Sheet 10 holds two frames, the others one: as text, its number comes third."""
+    grids = {str(number): [16, 12, 1, 1, 1, "webp"] for number in range(12)} | {"10": [32, 12, 2, 1, 2, "webp"]}
+    meta = {"sb": dict(sorted(grids.items())), "duration": 26, "subtitle": lines((100.0, "x"))}
+    members = {f"sb_{number}__webp": sheet(range(number, number + 1), 1) for number in range(10)}
+    members |= {"sb_10__webp": sheet(range(10, 12), 2), "sb_11__webp": sheet(range(12, 13), 1)}
+    raw = sample(final_meta__json=meta, **members)
+    assert read(raw, max_frames=13) == [*range(13), "x"]
 
 
 def test_split_form_is_in_numeric_order() -> None:

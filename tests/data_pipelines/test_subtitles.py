@@ -68,6 +68,11 @@ def test_rolling_captions_without_word_tags() -> None:
     assert parse_subtitles(plain, "srt") == SPOKEN
 
 
+def test_word_tags_alone_tell_rolling_captions() -> None:
+    cues = "00:01.000 --> 00:02.000\nso<00:01.500><c> here</c>\n\n00:02.000 --> 00:03.000\nso here\nwe<c> are</c>\n"
+    assert texts("WEBVTT\n\n" + cues, "vtt") == ["so here", "we are"]
+
+
 def test_what_people_wrote_is_taken_as_it_is() -> None:
     """Repeats are kept; rows of a cue are joined; comments, styles, names, tags and short times are no text."""
     vtt = (

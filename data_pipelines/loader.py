@@ -14,6 +14,7 @@ import gc
 import hashlib
 import itertools
 import json
+import multiprocessing
 import os
 import signal
 import weakref
@@ -298,7 +299,12 @@ _running: weakref.WeakSet[Generator[Batch, None, None]] = weakref.WeakSet()
 
 @atexit.register
 def _end_workers() -> None:
-    """Before multiprocessing's own clean-up, which waits for ever: its SIGTERM is ignored."""
+    """Before multiprocessing's own clean-up, which waits for ever for a worker that a dead store holds: its SIGTERM is
+    ignored."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for the ones that are killed here
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
     for batches in list(_running):
         batches.close()
 

@@ -217,37 +217,43 @@ def test_workers_answer_no_signal_and_end_with_the_loader(small_config: DataConf
 
 
 RANK = """
-import pickle, sys, time
+import itertools, pickle, sys, time
 from pathlib import Path
 from data_pipelines.lane import Lane
 from tests.data_pipelines.test_loader import make_loader
 
-def fill_for_ever(lane, out):
-    print("busy", flush=True)
+good_rows, next_row = itertools.count(), Lane.next_row
+
+def stall(lane, out):
+    if next(good_rows) < {good_rows}:
+        return next_row(lane, out)
+    if not {good_rows}:
+        print("stalled", flush=True)
     time.sleep(100)
 
-if {busy}:
-    Lane.next_row = fill_for_ever
+Lane.next_row = stall
 batches = iter(make_loader(pickle.loads(Path(sys.argv[1]).read_bytes())))
 next(batches)
+time.sleep(1)
 print("ready", flush=True)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("busy", [False, True])
-def test_workers_end_with_their_rank(small_config: DataConfig, tmp_path: Path, busy: bool) -> None:
-    """At its own end with the iterator still open; killed while the workers are at work."""
-    (tmp_path / "config").write_bytes(pickle.dumps(dataclasses.replace(small_config, num_workers=2)))
-    command = [sys.executable, "-c", RANK.format(busy=busy), tmp_path / "config"]
+@pytest.mark.parametrize(("good_rows", "killed"), [(1000, False), (1, False), (0, True)])
+def test_workers_end_with_their_rank(small_config: DataConfig, tmp_path: Path, good_rows: int, killed: bool) -> None:
+    """At its own end, with the iterator still open: idle, or held up by a store; killed while they are at work."""
+    config = dataclasses.replace(small_config, num_workers=2, micro_batch_rows=2, prefetch_rows=2)
+    (tmp_path / "config").write_bytes(pickle.dumps(config))
+    command = [sys.executable, "-c", RANK.format(good_rows=good_rows), tmp_path / "config"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as rank:
         assert rank.stdout is not None
-        assert rank.stdout.readline() == ("busy\n" if busy else "ready\n")
+        assert rank.stdout.readline() == ("stalled\n" if killed else "ready\n")
         workers = children_of(rank.pid)
-        if busy:
+        if killed:
             assert len(workers) == 2
             rank.kill()
-        assert rank.wait(timeout=30) == (-signal.SIGKILL if busy else 0)
+        assert rank.wait(timeout=30) == (-signal.SIGKILL if killed else 0)
     assert wait_until_gone(workers)
 
 

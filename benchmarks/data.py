@@ -6,7 +6,7 @@ Per set of shards, in turns within one run, on the same cores with the same numb
     webdataset   plain webdataset, Pillow and torch's DataLoader: shuffled, tokenised batches, 224 px bicubic
     bare         decoder and resize of ours in a loop over files in memory, into rows of as many pictures as ours
 
-Medians of the repetitions count, and the time after the first batch (``make bench-resume`` looks at that before it).
+Medians over the turns count, and the time after the first batch (``make bench-resume`` looks at that before it).
 Pixels are compared with a full decode and Pillow's bicubic.
 """
 
@@ -28,22 +28,28 @@ from conf import run_cli
 from data_pipelines.config import DataConfig
 
 OUT = Path("outputs/benchmarks/data")
-REPETITIONS = 3
-NUM_PICTURES = {"small": 12288, "large": 6144, "video": 1536, "real": 4096}
+REPETITIONS = 5
+NUM_PICTURES = {"small": 8192, "large": 4096, "video": 1536, "real": 4096}
 KINDS = {"small": "laion", "large": "laion", "video": "webvid"}
 
 
 @dataclass
 class Result:
-    """Pictures a second by contender (medians); memory: USS and PSS of our largest worker, in MB."""
+    """Pictures a second by contender, one a turn; memory: USS and PSS of our largest worker, in MB."""
 
     name: str
-    rates: dict[str, float]
+    rates: dict[str, list[float]]
     memory: tuple[float, float]
     differences: tuple[float, float]
 
+    def rate(self, contender: str) -> float:
+        return statistics.median(self.rates[contender])
+
     def ratio(self, other: str) -> float:
-        return self.rates["ours"] / self.rates[other]
+        """Median over the turns: what slows the machine down for a while slows both."""
+        return statistics.median(
+            ours / theirs for ours, theirs in zip(self.rates["ours"], self.rates[other], strict=True)
+        )
 
 
 def measure(corpus: Corpus, repetitions: int, num_workers: int) -> Result:
@@ -59,8 +65,7 @@ def measure(corpus: Corpus, repetitions: int, num_workers: int) -> Result:
     for _ in tqdm(range(repetitions), desc=f"measure {corpus.name}", unit="repetition", disable=None):
         for name, run in contenders.items():
             rates[name].append(run())
-    medians = {name: statistics.median(found) for name, found in rates.items()}
-    return Result(corpus.name, medians, max(memory), pixel_differences(corpus))
+    return Result(corpus.name, rates, max(memory), pixel_differences(corpus))
 
 
 def report(results: list[Result], fill: float, num_workers: int) -> None:
@@ -69,13 +74,13 @@ def report(results: list[Result], fill: float, num_workers: int) -> None:
         f"{'set':<8}{'ours':>8}{'webdataset':>12}{'bare':>8}{'vs web':>8}{'vs bare':>9}{'diff mean/max':>16}{'MB':>12}"
     )
     for result in results:
-        web = result.rates.get("webdataset")
-        columns = f"{web:>12.0f}" if web else f"{'-':>12}"
-        ratio = f"{result.ratio('webdataset'):>8.2f}" if web else f"{'-':>8}"
+        has_peer = "webdataset" in result.rates
+        columns = f"{result.rate('webdataset'):>12.0f}" if has_peer else f"{'-':>12}"
+        ratio = f"{result.ratio('webdataset'):>8.2f}" if has_peer else f"{'-':>8}"
         difference = "{:.2f}/{:.2f}".format(*result.differences)
         memory = "{:.0f}/{:.0f}".format(*result.memory)
         print(
-            f"{result.name:<8}{result.rates['ours']:>8.0f}{columns}{result.rates['bare']:>8.0f}{ratio}"
+            f"{result.name:<8}{result.rate('ours'):>8.0f}{columns}{result.rate('bare'):>8.0f}{ratio}"
             f"{result.ratio('bare'):>9.2f}{difference:>16}{memory:>12}"
         )
     print("diff: mean absolute pixel difference of all pictures, and of the worst one, in 255ths")

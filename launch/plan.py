@@ -17,7 +17,6 @@ from conf import UserError, run_cli
 from models.config import CausalTransformerConfig, LanguageModelConfig, ModelConfig, VisionConfig
 from trainer.config import compose_config
 
-NUM_SPECIAL_TOKENS = 4  # [PAD], [IMG], [/IMG], <image>
 GB = 1e9
 
 
@@ -70,9 +69,9 @@ def count_causal_transformer(config: CausalTransformerConfig, vision_width: int,
 def count_language_model(config: LanguageModelConfig) -> int:
     """LLaMA with untied input and output embeddings."""
     width = config.width
-    kv_width = width // config.num_heads * config.num_kv_heads
-    layer = 2 * width * width + 2 * width * kv_width + 3 * width * config.mlp_width + 2 * width
-    vocabulary = config.text_vocab_size + NUM_SPECIAL_TOKENS
+    query_width, kv_width = config.num_heads * config.width_of_head, config.num_kv_heads * config.width_of_head
+    layer = 2 * width * query_width + 2 * width * kv_width + 3 * width * config.mlp_width + 2 * width
+    vocabulary = config.vocabulary
     return config.num_layers * layer + width + 2 * vocabulary * width
 
 

@@ -44,18 +44,38 @@ class CausalTransformerConfig:
 
 @dataclass
 class LanguageModelConfig:
-    """LLaMA family. text_vocab_size: pieces of the tokenizer, 0 = what data.tokenizer has; special tokens follow."""
+    """LLaMA family: LLaMA 1 to 3 and Mistral.
+
+    text_vocab_size: pieces of the tokenizer, 0 = what data.tokenizer has. num_special_tokens: rows that follow them:
+    [PAD], [IMG], [/IMG] and <image>; the released instruct model has 2 more. head_width: 0 = width / num_heads.
+    rope_scaling: none | linear | llama3 (Hugging Face's names; the following four are its numbers).
+    """
 
     text_vocab_size: int = 32000
+    num_special_tokens: int = 4
     width: int = 5120
     num_layers: int = 40
     num_heads: int = 40
     num_kv_heads: int = 40
+    head_width: int = 0
     mlp_width: int = 13824
     norm_eps: float = 1e-6
     rope_base: float = 10000.0
+    rope_scaling: str = "none"
+    rope_factor: float = 1.0
+    rope_low_frequency_factor: float = 1.0
+    rope_high_frequency_factor: float = 4.0
+    rope_original_positions: int = 8192
     max_positions: int = 2048
     init_std: float = 0.02
+
+    @property
+    def vocabulary(self) -> int:
+        return self.text_vocab_size + self.num_special_tokens
+
+    @property
+    def width_of_head(self) -> int:
+        return self.head_width or self.width // self.num_heads
 
     @property
     def residual_std(self) -> float:

@@ -6,6 +6,7 @@ rank holds H / tp heads and V / tp rows; hidden states are whole on every rank.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import torch
@@ -22,9 +23,6 @@ from torch import Tensor, nn
 from models.attention import PackedLayout, pack_layout, packed_causal_attention
 from models.config import LanguageModelConfig
 
-NUM_SPECIAL_TOKENS = 4
-"""[PAD], [IMG], [/IMG], <image>, appended to the text vocabulary in this order, as in the released model."""
-
 
 def megatron_config() -> ModelParallelConfig:
     """CPU initialisation gives the same weights for every tensor-parallel size."""
@@ -36,10 +34,28 @@ def megatron_config() -> ModelParallelConfig:
     )
 
 
-def rotary_tables(position_ids: Tensor, head_width: int, base: float) -> tuple[Tensor, Tensor]:
-    """cos, sin of RoPE (Su et al. 2021), fp32 [B, S, 1, D], in Hugging Face's half-split order."""
-    exponent = torch.arange(0, head_width, 2, device=position_ids.device, dtype=torch.float32) / head_width
-    angles = position_ids[..., None].float() * (1.0 / base**exponent)
+def rotary_frequencies(config: LanguageModelConfig) -> Tensor:
+    """Angle a position, fp32 [D / 2]: RoPE (Su et al. 2021), scaled to longer texts as LLaMA-2's users and LLaMA-3 do.
+
+    linear: all angles divided by the factor. llama3: those of waves longer than the original text are, those of short
+    ones are not, those between are blended.
+    """
+    width = config.width_of_head
+    frequencies = 1.0 / config.rope_base ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
+    scaled = frequencies / config.rope_factor
+    if config.rope_scaling == "none":
+        return frequencies
+    if config.rope_scaling == "linear":
+        return scaled
+    low, high = config.rope_low_frequency_factor, config.rope_high_frequency_factor
+    waves_in_text = config.rope_original_positions * frequencies / (2 * math.pi)
+    kept = ((waves_in_text - low) / (high - low)).clamp(0, 1)
+    return (1 - kept) * scaled + kept * frequencies
+
+
+def rotary_tables(position_ids: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """cos, sin of RoPE, fp32 [B, S, 1, D], in Hugging Face's half-split order."""
+    angles = position_ids[..., None].float() * frequencies.to(position_ids.device)
     angles = torch.cat([angles, angles], dim=-1).unsqueeze(2)
     return angles.cos(), angles.sin()
 
@@ -54,7 +70,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class SelfAttention(nn.Module):
     def __init__(self, config: LanguageModelConfig, megatron: ModelParallelConfig) -> None:
         super().__init__()
-        self.head_width = config.width // config.num_heads
+        self.head_width = config.width_of_head
         column = partial(_column, megatron=megatron, std=config.init_std)
         self.q_proj = column(config.width, config.num_heads * self.head_width)
         self.k_proj = column(config.width, config.num_kv_heads * self.head_width)
@@ -101,10 +117,9 @@ class LanguageModel(nn.Module):
         super().__init__()
         assert config.text_vocab_size > 0, "text_vocab_size is filled in from the tokenizer before the model is built"
         megatron = megatron_config()
-        self.head_width = config.width // config.num_heads
-        self.rope_base = config.rope_base
+        self.frequencies = rotary_frequencies(config)
         self.embed_tokens = VocabParallelEmbedding(
-            config.text_vocab_size + NUM_SPECIAL_TOKENS,
+            config.vocabulary,
             config.width,
             init_method=partial(nn.init.normal_, std=config.init_std),
             config=megatron,
@@ -114,7 +129,7 @@ class LanguageModel(nn.Module):
 
     def forward(self, embeddings: Tensor, document_ids: Tensor, position_ids: Tensor) -> Tensor:
         """Input embeddings [B, S, W] of packed rows -> final normed hidden states [B, S, W]."""
-        cos, sin = rotary_tables(position_ids, self.head_width, self.rope_base)
+        cos, sin = rotary_tables(position_ids, self.frequencies)
         layout = pack_layout(document_ids)
         x = embeddings
         for layer in self.layers:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.language_model import NUM_SPECIAL_TOKENS
+NUM_SPECIAL_TOKENS = 4
+"""[PAD], [IMG], [/IMG], <image>, which follow the text vocabulary in this order, as in the released model."""
 
 
 @dataclass

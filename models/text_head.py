@@ -15,7 +15,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor, nn
 
 from models.config import LanguageModelConfig
-from models.language_model import NUM_SPECIAL_TOKENS, megatron_config
+from models.language_model import megatron_config
 
 CHUNK_LOGITS = 1 << 24
 """Logits of a chunk: 64 MiB in fp32."""
@@ -84,7 +84,7 @@ class LanguageModelHead(ColumnParallelLinear):
     def __init__(self, config: LanguageModelConfig) -> None:
         super().__init__(
             config.width,
-            config.text_vocab_size + NUM_SPECIAL_TOKENS,
+            config.vocabulary,
             config=megatron_config(),
             init_method=partial(nn.init.normal_, std=config.init_std),
             bias=False,

@@ -24,6 +24,15 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from conf import UserError
+from models.weights.description import read_description
+from models.weights.fragment_files import (
+    WEIGHT,
+    FragmentReader,
+    FragmentValues,
+    read_weights,
+    write_fragments,
+    write_json,
+)
 from trainer.checkpoint_folder import (
     STATE,
     checkpoint_path,
@@ -46,7 +55,6 @@ from trainer.engine_state import (
     publish_weights,
     step_count,
 )
-from trainer.fragment_files import WEIGHT, FragmentReader, FragmentValues, read_weights, write_fragments, write_json
 from trainer.topology import Topology
 
 if TYPE_CHECKING:
@@ -133,6 +141,23 @@ def load_checkpoint(path: Path, engine: DeepSpeedEngine, topology: Topology, wit
     return saved
 
 
+def load_imported(path: Path, engine: DeepSpeedEngine, topology: Topology) -> None:
+    """Put the weights of a folder that `models.weights.import_` made into an engine of any layout. Collective.
+
+    Parameters of parts that the folder does not hold keep their start. Raises UserError for other names or shapes.
+    """
+    reader = FragmentReader(path)
+    description = read_description(path)
+    wanted = global_shapes(engine, topology)
+    imported = tuple(description["prefixes"])
+    own = {n: s for n, s in wanted.items() if n.startswith(imported) and n not in description["fresh"]}
+    _check_same_model(path, reader.shapes(), own)
+    slices = [owned for owned in owned_slices(engine, topology) if owned.fragment.name in own]
+    for owned in tqdm(slices, desc=f"loading {path.name}", unit="slice", delay=5, disable=topology.rank != 0):
+        owned.weight.copy_(reader.read(owned.fragment, WEIGHT))
+    publish_weights(engine)
+
+
 def _load_moments(
     reader: FragmentReader, engine: DeepSpeedEngine, slices: list[OwnedSlice], with_optimizer: bool
 ) -> None:
@@ -197,7 +222,7 @@ def _check_same_model(path: Path, stored: dict[str, tuple[int, ...]], wanted: di
         more = f" and {len(differences) - 3} more differences" if len(differences) > 3 else ""
         raise UserError(
             f"{path} is a checkpoint of another model ({'; '.join(differences[:3])}{more}): "
-            "use the model settings it was written with, or another run folder"
+            "use the model settings it was written with, or another one"
         )
 
 

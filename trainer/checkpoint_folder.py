@@ -20,7 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from conf import UserError
-from trainer.fragment_files import write_json
+from models.weights.fragment_files import write_json
 
 FORMAT = 1
 MANIFEST, STATE, LATEST = "manifest.json", "state.json", "latest"

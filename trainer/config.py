@@ -107,8 +107,13 @@ class MonitorConfig:
 
 @dataclass
 class InitConfig:
-    """Where weights start. vision_encoder: file in EVA-CLIP's layout (.safetensors or .pt), "" = random."""
+    """Where weights start; "" = at random.
 
+    weights: folder that models.weights.import_ made; what it does not hold starts at random.
+    vision_encoder: file in EVA-CLIP's layout (.safetensors or .pt).
+    """
+
+    weights: str = ""
     vision_encoder: str = ""
 
 
@@ -159,6 +164,7 @@ def validate(config: PretrainConfig, dp_size: int) -> None:
     choose("objective.target_normalisation", config.objective.target_normalisation, ("none", "variance"))
     choose("objective.regression_gradient", config.objective.regression_gradient, ("full", "text_only"))
     choose("optim.schedule", config.optim.schedule, ("cosine", "constant"))
+    choose("model.language_model.rope_scaling", config.model.language_model.rope_scaling, ("none", "linear", "llama3"))
     choose("parallel.precision", config.parallel.precision, ("fp32", "bf16"))
     choose("checkpoint.resume", config.checkpoint.resume, ("auto", "never"))
     choose("monitor.wandb", config.monitor.wandb, ("offline", "online", "disabled"))
@@ -178,6 +184,11 @@ def validate(config: PretrainConfig, dp_size: int) -> None:
         )
     if config.init.vision_encoder and not Path(config.init.vision_encoder).is_file():
         raise UserError(f"init.vision_encoder={config.init.vision_encoder} is not a file: give an EVA-CLIP checkpoint")
+    if config.init.weights and not Path(config.init.weights, "weights.json").is_file():
+        raise UserError(
+            f"init.weights={config.init.weights} is no folder of imported weights: make it with python -m "
+            "models.weights.import_"
+        )
     validate_batching(config.data, dp_size, config.model.causal_transformer.num_queries)
 
 
@@ -186,7 +197,12 @@ def validate_model(model: ModelConfig) -> None:
     for key, value, divisor_key, divisor in (
         ("model.vision.image_size", vision.image_size, "model.vision.patch_size", vision.patch_size),
         ("model.vision.width", vision.width, "model.vision.num_heads", vision.num_heads),
-        ("model.language_model.width", language.width, "model.language_model.num_heads", language.num_heads),
+        (
+            "model.language_model.width",
+            language.width if not language.head_width else 0,
+            "model.language_model.num_heads",
+            language.num_heads,
+        ),
         (
             "model.language_model.num_heads",
             language.num_heads,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from trainer.fragments import Fragment
+from models.weights.fragments import Fragment
 from trainer.topology import Topology
 
 if TYPE_CHECKING:

@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 from conf import UserError, run_cli
 from data_pipelines.tokenizer import Tokenizer
+from models.weights.fragment_files import write_json
 from trainer.checkpoint import SavedState, find_damage, find_latest, read_state, read_weights
-from trainer.fragment_files import write_json
 from trainer.run_folder import TOKENIZER
 
 FORMAT = 1
@@ -37,7 +37,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = "emu_inference"
 SHARED_FILES = ("vision_encoder.py", "causal_transformer.py")
-TRAINING_ONLY = ("dropout", "init_std", "text_vocab_size")
+TRAINING_ONLY = ("dropout", "init_std", "text_vocab_size", "num_special_tokens")
 
 
 @dataclass
@@ -168,7 +168,8 @@ def package_config(saved: SavedState, tokenizer: Tokenizer, dtype: torch.dtype) 
         name: {key: value for key, value in settings["model"][name].items() if key not in TRAINING_ONLY}
         for name in ("vision", "causal_transformer", "language_model")
     }
-    sections["language_model"]["vocab_size"] = tokenizer.image + 1
+    language_model = settings["model"]["language_model"]
+    sections["language_model"]["vocab_size"] = language_model["text_vocab_size"] + language_model["num_special_tokens"]
     return {
         "model_type": MODEL_TYPE,
         "format": FORMAT,

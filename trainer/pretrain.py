@@ -30,6 +30,7 @@ from data_pipelines.tokenizer import Tokenizer
 from models.objective import effective_rank
 from trainer import run_folder
 from trainer.check import check
+from trainer.checkpoint import load_imported
 from trainer.config import PretrainConfig, fill_vocabulary, register_schemas, to_dataclass, validate
 from trainer.diagnostics import collapse_metrics, loss_metrics
 from trainer.engine import build_engine, init_distributed, set_process_options
@@ -88,6 +89,8 @@ def run_steps(
     engine = build_engine(config, topology)
     sources = list(indexes)
     state = resume(checkpoint, config, engine, order, sources, topology) if checkpoint else TrainState()
+    if not checkpoint and config.init.weights:
+        load_imported(Path(config.init.weights), engine, topology)
     if monitor is not None:
         run_folder.keep_tokenizer(Path(config.run_dir), Path(config.data.tokenizer))
         monitor.start(state.step, config.total_steps, topology.world_size, engine.device.type)

@@ -26,9 +26,9 @@ from benchmarks.demo.packed_rows import RowSample, read_rows
 from conf import UserError, run_cli
 from data_pipelines.inspecting.packed_rows import ShownRow
 from data_pipelines.inspecting.preview import template_environment
+from models.weights.fragment_files import FragmentReader
 from trainer.checkpoint import find_latest, read_state
 from trainer.config import PretrainConfig
-from trainer.fragment_files import FragmentReader
 from trainer.monitor import read_metrics
 
 COLOURS = ("#2f6db3", "#d97b29", "#2e9662", "#8a5cc2", "#c24d57", "#6b7a87")

@@ -48,7 +48,10 @@ class CausalTransformerConfig:
 
 @dataclass(frozen=True)
 class LanguageModelConfig:
-    """LLaMA. vocab_size: pieces of the tokenizer and the special tokens."""
+    """LLaMA. vocab_size: pieces of the tokenizer and the special tokens. head_width: 0 = width / num_heads.
+
+    rope_scaling: none | linear | llama3, by rope_factor and, for llama3, the three numbers behind it.
+    """
 
     vocab_size: int
     width: int
@@ -59,6 +62,12 @@ class LanguageModelConfig:
     norm_eps: float
     rope_base: float
     max_positions: int
+    head_width: int = 0
+    rope_scaling: str = "none"
+    rope_factor: float = 1.0
+    rope_low_frequency_factor: float = 1.0
+    rope_high_frequency_factor: float = 4.0
+    rope_original_positions: int = 8192
 
 
 @dataclass(frozen=True)

@@ -180,10 +180,24 @@ def llama_config(config: LanguageModelConfig) -> LlamaConfig:
         num_key_value_heads=config.num_kv_heads,
         intermediate_size=config.mlp_width,
         rms_norm_eps=config.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_base},
+        head_dim=config.head_width or config.width // config.num_heads,
+        rope_parameters=_rope_parameters(config),
         max_position_embeddings=config.max_positions,
         tie_word_embeddings=False,
     )
+
+
+def _rope_parameters(config: LanguageModelConfig) -> dict[str, Any]:
+    parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_base}
+    if config.rope_scaling != "none":
+        parameters |= {"rope_type": config.rope_scaling, "factor": config.rope_factor}
+    if config.rope_scaling == "llama3":
+        parameters |= {
+            "low_freq_factor": config.rope_low_frequency_factor,
+            "high_freq_factor": config.rope_high_frequency_factor,
+            "original_max_position_embeddings": config.rope_original_positions,
+        }
+    return parameters
 
 
 def _positions(attention_mask: Tensor) -> Tensor:

@@ -15,11 +15,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.weights.fragment_files import FragmentReader
+from models.weights.fragments import whole
 from tests.distributed.harness import run_distributed
 from trainer.checkpoint import load_checkpoint, read_weights, save_checkpoint
 from trainer.engine_state import MOMENTS
-from trainer.fragment_files import FragmentReader
-from trainer.fragments import whole
 from trainer.topology import Topology
 
 pytestmark = pytest.mark.slow

@@ -16,7 +16,8 @@ from safetensors import safe_open
 from torch import nn
 
 from conf import UserError
-from trainer import checkpoint_folder, fragment_files
+from models.weights import fragment_files
+from trainer import checkpoint_folder
 from trainer.checkpoint import (
     find_damage,
     find_latest,

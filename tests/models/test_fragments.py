@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.fragments import Fragment, copy_overlap, overlaps, whole
+from models.weights.fragments import Fragment, copy_overlap, overlaps, whole
 
 TP_SIZES = (1, 2, 3, 6)
 

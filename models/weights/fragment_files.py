@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from conf import UserError
-from trainer.fragments import Fragment, copy_overlap, overlaps, whole
+from models.weights.fragments import Fragment, copy_overlap, overlaps, whole
 
 WEIGHT = "weight"
 
@@ -55,7 +55,7 @@ def write_fragments(folder: Path, rank: int, values: Iterable[FragmentValues]) -
         for kind, tensor in value.tensors.items():
             # A copy of its own: safetensors refuses views that share memory, and bf16 (frozen) weights become fp32.
             copied = torch.empty(tensor.shape, dtype=torch.float32).copy_(tensor)
-            tensors[_key(value.fragment.name, kind)] = copied
+            tensors[fragment_key(value.fragment.name, kind)] = copied
     data, index = folder / f"fragments-{rank:05d}.safetensors", folder / f"fragments-{rank:05d}.json"
     save_file(tensors, data)
     with data.open("rb") as file:
@@ -92,7 +92,7 @@ class FragmentReader:
         for stored in self._stored[target.name]:
             for overlap in overlaps(stored.fragment, target):
                 first, last = overlap.source_range
-                source = self._open(stored.data).get_slice(_key(target.name, kind))[first:last]
+                source = self._open(stored.data).get_slice(fragment_key(target.name, kind))[first:last]
                 copy_overlap(source, values, overlap)
                 num_copied += overlap.numel
         if num_copied != target.length:
@@ -123,7 +123,7 @@ class _Stored:
     num_updates: int
 
 
-def _key(name: str, kind: str) -> str:
+def fragment_key(name: str, kind: str) -> str:
     return f"{name}|{kind}"
 
 

@@ -41,7 +41,7 @@ def rotary_frequencies(config: LanguageModelConfig) -> Tensor:
     ones are not, those between are blended.
     """
     width = config.width_of_head
-    frequencies = 1.0 / config.rope_base ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
+    frequencies = 1.0 / config.rope_base ** (torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width)
     scaled = frequencies / config.rope_factor
     if config.rope_scaling == "none":
         return frequencies

@@ -77,7 +77,7 @@ def test_published_shapes(name: str) -> None:
     assert model.causal_transformer.queries.shape == (1, 32, 768)
     assert model.causal_transformer.relative_attention_bias.weight.shape == (32, 12)
     assert model.causal_transformer.position_max_distance == 128
-    assert model.language_model.head_width == 128
+    assert model.config.language_model.width_of_head == 128
     assert model.language_model.embed_tokens.weight.shape[0] == model.text_head.weight.shape[0] == 32_004
     assert model.config.causal_transformer.dropout == 0.0
     assert {module.eps for module in model.modules() if isinstance(module, nn.LayerNorm | nn.RMSNorm)} == {1e-6}

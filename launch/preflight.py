@@ -29,7 +29,7 @@ from conf import UserError, run_cli
 from data_pipelines.shards import expand_shards, is_local, stat_shard
 from launch.plan import count_parameters
 from trainer import run_folder
-from trainer.config import PretrainConfig, compose_config, fill_vocabulary, validate
+from trainer.config import PretrainConfig, compose_config, data_parallel_size, fill_vocabulary, validate
 
 GB = 1e9
 DISTRIBUTION = "emu-pretraining"
@@ -180,8 +180,9 @@ def run_checks(run_dir: Path, num_procs: int, overrides: list[str]) -> list[Chec
 
 
 def check_validity(config: PretrainConfig, num_procs: int) -> Check:
-    validate(config, num_procs)
-    return Check("configuration", "ok", f"valid for {num_procs} data-parallel ranks")
+    dp_size = data_parallel_size(config, num_procs)
+    validate(config, dp_size)
+    return Check("configuration", "ok", f"valid for {dp_size} data-parallel ranks")
 
 
 def report(checks: list[Check]) -> Table:

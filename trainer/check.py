@@ -7,13 +7,14 @@ import sys
 
 from conf import run_cli
 from data_pipelines.sources import make_source
-from trainer.config import compose_config, fill_vocabulary, validate
+from trainer.config import compose_config, data_parallel_size, fill_vocabulary, validate
 
 
 def check(arguments: list[str]) -> None:
-    """UserError for what `python -m trainer.pretrain` could not run on WORLD_SIZE ranks (1 if unset)."""
+    """UserError for what `python -m trainer.pretrain` could not run on WORLD_SIZE ranks (if unset, on the fewest)."""
     config = compose_config([argument for argument in arguments if not argument.startswith("-")])
-    validate(config, int(os.environ.get("WORLD_SIZE", "1")))
+    num_procs = int(os.environ.get("WORLD_SIZE", "0")) or config.parallel.tensor
+    validate(config, data_parallel_size(config, num_procs))
     for name, source in config.data.sources.items():
         make_source(name, source, config.data)
     fill_vocabulary(config)

@@ -63,12 +63,15 @@ class OptimConfig:
 class ParallelConfig:
     """zero_stage: DeepSpeed ZeRO 0-3 over the data-parallel ranks. precision: fp32 | bf16.
 
+    tensor: ranks that share every layer of the language model (tensor parallel); they are neighbours.
+
     persistence_threshold: ZeRO-3 keeps smaller parameters whole on every rank. timeout_minutes: a collective that takes
     longer ends the run. threads: CPU threads of a rank, 0 = leave as it is. deterministic: refuse operations whose
     result depends on thread timing.
     """
 
     zero_stage: int = 2
+    tensor: int = 1
     precision: str = "fp32"
     persistence_threshold: int = 100_000
     timeout_minutes: float = 30.0
@@ -176,7 +179,7 @@ def validate(config: PretrainConfig, dp_size: int) -> None:
     for key in SHARES:
         if not 0 <= (value := attrgetter(key)(config)) <= 1:
             raise UserError(f"{key}={value} is not a share: give a number from 0 to 1")
-    validate_model(config.model)
+    validate_model(config.model, config.parallel.tensor)
     if config.data.seq_len > config.model.language_model.max_positions:
         raise UserError(
             f"data.seq_len={config.data.seq_len} is longer than model.language_model.max_positions="
@@ -192,7 +195,15 @@ def validate(config: PretrainConfig, dp_size: int) -> None:
     validate_batching(config.data, dp_size, config.model.causal_transformer.num_queries)
 
 
-def validate_model(model: ModelConfig) -> None:
+def data_parallel_size(config: PretrainConfig, num_procs: int) -> int:
+    """How many groups of `parallel.tensor` processes there are."""
+    tensor = config.parallel.tensor
+    if tensor < 1 or num_procs % tensor:
+        raise UserError(f"{num_procs} processes are no multiple of parallel.tensor={tensor}: change one of them")
+    return num_procs // tensor
+
+
+def validate_model(model: ModelConfig, tensor: int) -> None:
     vision, language = model.vision, model.language_model
     for key, value, divisor_key, divisor in (
         ("model.vision.image_size", vision.image_size, "model.vision.patch_size", vision.patch_size),
@@ -208,6 +219,14 @@ def validate_model(model: ModelConfig) -> None:
             language.num_heads,
             "model.language_model.num_kv_heads",
             language.num_kv_heads,
+        ),
+        ("model.language_model.num_kv_heads", language.num_kv_heads, "parallel.tensor", tensor),
+        ("model.language_model.mlp_width", language.mlp_width, "parallel.tensor", tensor),
+        (
+            "the vocabulary of model.language_model with its special tokens",
+            language.vocabulary if language.text_vocab_size else 0,
+            "parallel.tensor",
+            tensor,
         ),
     ):
         if value % divisor:

@@ -16,10 +16,11 @@ from deepspeed import DeepSpeedEngine
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from conf import UserError
 from models.emu import Emu, gradient_keeping_graph
 from models.weights.eva_clip import load_vision_encoder
 from trainer.config import OptimConfig, ParallelConfig, PretrainConfig
-from trainer.topology import Topology
+from trainer.topology import MegatronGroups, Topology
 
 MAX_BUCKET = 500_000_000
 UNDECAYED = ("queries", "pos_embed", "cls_token", "relative_attention_bias")
@@ -46,7 +47,12 @@ def init_distributed(parallel: ParallelConfig) -> Topology:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     with contextlib.redirect_stdout(io.StringIO()):  # it prints which extension it has built
         deepspeed.init_distributed(backend, timeout=timedelta(minutes=parallel.timeout_minutes), verbose=False)
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=1)
+    if torch.distributed.get_world_size() % parallel.tensor:
+        raise UserError(
+            f"{torch.distributed.get_world_size()} processes are no multiple of parallel.tensor={parallel.tensor}: "
+            "change one of them"
+        )
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=parallel.tensor)
     return Topology(
         rank=torch.distributed.get_rank(),
         world_size=torch.distributed.get_world_size(),
@@ -130,6 +136,7 @@ def build_engine(config: PretrainConfig, topology: Topology) -> DeepSpeedEngine:
         model=model,
         optimizer=optimizer,
         config=settings,
+        mpu=MegatronGroups() if topology.tp_size > 1 else None,
         dist_init_required=False,
     )
     if config.parallel.zero_stage == 3:

@@ -77,7 +77,7 @@ def training_step(
     if not sums.finite():
         raise _not_finite("loss", state.step + 1)
     _set_learning_rates(engine, lr_factor(state.step, config.total_steps, config.optim))
-    unwrapped_norm = _norm_without_zero(engine)
+    unwrapped_norm = _norm_without_zero(engine, topology)
     engine.step()
     norm = unwrapped_norm if unwrapped_norm is not None else float(engine.get_global_grad_norm())
     if not math.isfinite(norm):  # ZeRO-0 has spoilt the weights by now, the other stages have left them as they were
@@ -94,12 +94,18 @@ def _not_finite(what: str, step: int) -> UserError:
     )
 
 
-def _norm_without_zero(engine: DeepSpeedEngine) -> float | None:
+def _norm_without_zero(engine: DeepSpeedEngine, topology: Topology) -> float | None:
     """Gradient norm before clipping at ZeRO-0 in fp32, where DeepSpeed does not keep it; None where it does."""
     if engine.zero_optimization_stage() > 0 or engine.bfloat16_enabled():
         return None
-    gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
-    return float(torch.nn.utils.get_total_norm(gradients))
+    gradients: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for parameter in engine.module.parameters():
+        if parameter.grad is not None:
+            gradients[getattr(parameter, "tensor_model_parallel", False)].append(parameter.grad)
+    whole, sharded = (torch.nn.utils.get_total_norm(part).to(engine.device) ** 2 for part in gradients)
+    if topology.tp_size > 1:
+        dist.all_reduce(sharded, group=topology.tp_group)
+    return float((whole + sharded).sqrt())
 
 
 def _model_inputs(batch: Batch, device: torch.device) -> dict[str, Tensor]:

@@ -201,8 +201,9 @@ def _load_samples(entries: Iterable[Entry], statuses: Counter[str], notes: Count
     previous = None
     for entry in entries:
         bar.update()
+        of_entry: Counter[str] = Counter()
         try:
-            sample = entry.load(notes)
+            sample = entry.load(of_entry)
             if sample.key == previous:  # the two would be read as one sample
                 raise SampleError("same key as the sample before")
         except SampleError as unusable:
@@ -212,6 +213,7 @@ def _load_samples(entries: Iterable[Entry], statuses: Counter[str], notes: Count
             statuses["malformed"] += 1
             continue
         statuses["success"] += 1
+        notes.update(of_entry)
         previous = sample.key
         yield sample
 

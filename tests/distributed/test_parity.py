@@ -1,4 +1,5 @@
-"""One process without DeepSpeed against one and two processes at every ZeRO stage: the same gradients, losses, weights.
+"""One process without DeepSpeed against data- and tensor-parallel ones at every ZeRO stage: the same gradients, losses,
+weights.
 
 Rows are laid by hand: the ranks differ in text and image targets, and in some steps one of them, or each, has no image.
 A start with deepspeed costs seconds, so one start per world size runs all of its layouts.
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from data_pipelines.config import DataConfig, SourceConfig
@@ -21,6 +23,7 @@ from models.emu import Emu
 from tests.distributed.harness import run_distributed
 from tests.models.tiny_emu import BOS, EOS, IMG, NUM_QUERIES, NUM_SOURCES, PAD, PICTURE, Doc, lay_out, tiny_config
 from trainer.config import OptimConfig, ParallelConfig, PretrainConfig
+from trainer.topology import Topology
 
 pytestmark = pytest.mark.slow
 
@@ -43,6 +46,7 @@ class Layout:
     micro_rows: int = NUM_ROWS
     objective: str = "paper"
     persistence_threshold: int = 0
+    tp: int = 1
 
 
 @dataclass
@@ -66,7 +70,12 @@ LAYOUTS = {
     **{f"2 processes, ZeRO-{stage}, from scratch": Layout(2, stage, 2, "from scratch") for stage in (0, 3)},
     "2 processes, ZeRO-3, from scratch, 2 micro-batches": Layout(2, 3, 1, "from scratch"),
     "2 processes, ZeRO-3, small weights kept": Layout(2, 3, 2, persistence_threshold=100_000),
+    **{f"tp 2, ZeRO-{stage}": Layout(1, stage, 2, tp=2) for stage in range(4)},
+    "tp 2, ZeRO-3, from scratch": Layout(1, 3, 2, "from scratch", tp=2),
+    **{f"dp 2, tp 2, ZeRO-{stage}": Layout(2, stage, 1, tp=2) for stage in (0, 1, 3)},
+    "dp 2, tp 2, ZeRO-2, from scratch": Layout(2, 2, 2, "from scratch", tp=2),
 }
+STARTS = sorted({(layout.dp, layout.tp) for layout in LAYOUTS.values()})
 
 
 def rows_of_step(step: int) -> list[list[Doc]]:
@@ -120,6 +129,7 @@ def make_config(layout: Layout) -> PretrainConfig:
     )
     parallel = ParallelConfig(
         zero_stage=layout.stage,
+        tensor=layout.tp,
         persistence_threshold=layout.persistence_threshold,
         timeout_minutes=HANG_MINUTES,
         threads=1,
@@ -182,7 +192,24 @@ def record_first_gradients(engine: Any, into: dict[str, Tensor]) -> None:
     engine.step = recording_step
 
 
-def run_layout(layout: Layout, topology: Any) -> Run:
+def whole(values: dict[str, Tensor], model: nn.Module, topology: Topology) -> dict[str, Tensor]:
+    """With the shards of all tensor-parallel ranks put together; what is whole on each of them must be the same."""
+    if topology.tp_size == 1:
+        return values
+    parameters, results = dict(model.named_parameters()), {}
+    for name, value in values.items():
+        parts = [torch.empty_like(value) for _ in range(topology.tp_size)]
+        dist.all_gather(parts, value.contiguous(), group=topology.tp_group)
+        if getattr(parameters[name], "tensor_model_parallel", False):
+            assert not torch.equal(parts[0], parts[1]), f"{name}: the ranks hold the same shard"
+            results[name] = torch.cat(parts, dim=parameters[name].partition_dim)
+        else:
+            assert all(torch.equal(part, value) for part in parts), name
+            results[name] = value
+    return results
+
+
+def run_layout(layout: Layout, topology: Topology) -> Run:
     import deepspeed
 
     from trainer.diagnostics import TargetVariance, loss_metrics
@@ -207,27 +234,31 @@ def run_layout(layout: Layout, topology: Any) -> Run:
         run.losses.append((losses["loss/text"], losses["loss/image"]))
         run.norms.append(result.grad_norm)
     with deepspeed.zero.GatheredParameters(list(engine.module.parameters()), enabled=layout.stage == 3):
-        run.weights = copy_of(engine.module)
+        run.weights = whole(copy_of(engine.module), engine.module, topology)
+    run.gradients = whole(run.gradients, engine.module, topology)
     engine.destroy()
     return run
 
 
-def run_layouts(world_size: int) -> dict[str, Run]:
+def run_layouts(dp: int, tp: int) -> dict[str, Run]:
     import logging
 
     logging.disable(logging.WARNING)
     from trainer.engine import init_distributed
 
-    topology = init_distributed(ParallelConfig(timeout_minutes=HANG_MINUTES))
-    plain = {objective: run_plain(objective) for objective in OBJECTIVES if world_size == 1}
-    runs = {name: run_layout(layout, topology) for name, layout in LAYOUTS.items() if layout.dp == world_size}
+    topology = init_distributed(ParallelConfig(timeout_minutes=HANG_MINUTES, tensor=tp))
+    assert (topology.dp_size, topology.tp_size) == (dp, tp)
+    plain = {objective: run_plain(objective) for objective in OBJECTIVES if (dp, tp) == (1, 1)}
+    runs = {
+        name: run_layout(layout, topology) for name, layout in LAYOUTS.items() if (layout.dp, layout.tp) == (dp, tp)
+    }
     return plain | runs
 
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, list[Run]]:
     """Of every layout, the runs by rank, and under the name of an objective its plain run."""
-    starts = [run_distributed(run_layouts, world_size, world_size, init_group=False) for world_size in (1, 2)]
+    starts = [run_distributed(run_layouts, dp * tp, dp, tp, init_group=False) for dp, tp in STARTS]
     return {name: [of_rank[name] for of_rank in by_rank] for by_rank in starts for name in by_rank[0]}
 
 

@@ -31,7 +31,9 @@ def imported(tmp_path_factory: pytest.TempPathFactory, corpora: Path, tokenizer_
     return folder / "run" / "checkpoints" / "step-00000002", folder / "start"
 
 
-@pytest.mark.parametrize(("world_size", "stage", "precision"), [(2, 3, "fp32"), (1, 1, "bf16")])
+@pytest.mark.parametrize(
+    ("world_size", "stage", "tensor", "precision"), [(2, 3, 1, "fp32"), (1, 1, 1, "bf16"), (2, 2, 2, "fp32")]
+)
 def test_the_start_of_another_run(
     imported: tuple[Path, Path],
     corpora: Path,
@@ -39,11 +41,12 @@ def test_the_start_of_another_run(
     tmp_path: Path,
     world_size: int,
     stage: int,
+    tensor: int,
     precision: str,
 ) -> None:
     """With learning rates of 0 the run ends with the weights that it began with, to the bit."""
     checkpoint, start = imported
-    layout = [f"parallel=zero{stage}", f"parallel.precision={precision}"]
+    layout = [f"parallel=zero{stage}", f"parallel.tensor={tensor}", f"parallel.precision={precision}"]
     more = [f"init.weights={start}", "total_steps=1", "seed=1", *STILL, *layout]
     ranks = finish(start_ranks(world_size, overrides(corpora, tokenizer_path, tmp_path / "run", *more), corpora))
     assert [code for code, _ in ranks] == [0] * world_size, ranks

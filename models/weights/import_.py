@@ -89,11 +89,11 @@ def import_language_model(path: Path, num_special: int) -> Imported:
 
 def import_emu(path: Path, num_special: int | None) -> Imported:
     """A released Emu checkpoint, pretrained or instruct; LoRA of either layout of PEFT is merged into its matrices."""
-    tensors = _merge_lora(path, open_tensors(path))
+    tensors = open_tensors(path)
     if num_special is None:
-        is_instruct = any(".lora_" in name for name in open_tensors(path))
+        is_instruct = any(".lora_" in name for name in tensors)
         num_special = NUM_INSTRUCT_TOKENS if is_instruct else NUM_SPECIAL_TOKENS
-    imported, rest = Imported(), dict(tensors)
+    imported, rest = Imported(), _merge_lora(path, tensors)
     _take_part(imported, rest, vision_part("visual.", with_ln_visual=True))
     _take_part(imported, rest, causal_transformer_part("cformer."))
     _take_part(imported, rest, language_model_part("decoder.lm.model."))

@@ -96,6 +96,15 @@ def test_the_vocabulary_is_the_tokenizers(corpora: Path, tokenizer_path: Path) -
         ("checkpoint.resume=maybe", "choose one of auto, never"),
         ("monitor.wandb=on", "choose one of offline, online, disabled"),
         ("parallel.zero_stage=4", "parallel.zero_stage=4 is not a ZeRO stage: choose 0, 1, 2 or 3"),
+        ("parallel.tensor=3", "model.language_model.num_kv_heads=40 is not a multiple of parallel.tensor=3"),
+        (
+            "model.language_model.rope_scaling=yarn",
+            "rope_scaling=yarn is not known: choose one of none, linear, llama3",
+        ),
+        (
+            "init.weights=/nowhere",
+            "init.weights=/nowhere is no folder of imported weights: make it with python -m models",
+        ),
         ("total_steps=0", "total_steps=0 is too small: give at least 1"),
         ("checkpoint.keep=0", "checkpoint.keep=0 is too small: give at least 1"),
         ("optim.language_model_lr=-1", "optim.language_model_lr=-1.0 is too small: give at least 0"),
@@ -111,6 +120,13 @@ def test_impossible_values_are_refused(wrong: str, sentence: str) -> None:
     with pytest.raises(UserError) as refusal:
         validate(compose_config([wrong]), dp_size=1)
     assert sentence in str(refusal.value)
+
+
+@pytest.mark.parametrize("tensor", [0, 2])
+def test_processes_are_a_multiple_of_the_tensor_parallel_ranks(tensor: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UserError, match=f"3 processes are no multiple of parallel.tensor={tensor}"):
+        check([f"parallel.tensor={tensor}"])
 
 
 @pytest.mark.parametrize(

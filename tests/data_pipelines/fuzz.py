@@ -251,9 +251,11 @@ def fuzz(drawn: Path, first: int, number: int) -> Findings:
         while following < end:
             command = [sys.executable, "-m", "tests.data_pipelines.fuzz", "--child", str(drawn)]
             command += ["--first", str(following), "--number", str(end - following)]
-            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
-                following, begun = read_child(child, findings, bar, following)
-                errors = child.stderr.read() if child.stderr else ""
+            with tempfile.TemporaryFile("w+") as stderr:  # a pipe that nobody reads fills up, and the child waits
+                with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True) as child:
+                    following, begun = read_child(child, findings, bar, following)
+                stderr.seek(0)
+                errors = stderr.read()
             if child.returncode and begun:
                 findings.failures[following] = f"{begun}: ended by {exit_name(child.returncode)}\n{errors[-600:]}"
                 following += 1

@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-export bench-order bench-resume bench-data lint
+.PHONY: help install demo test test-fast test-matrix test-export bench-order bench-resume bench-data lint
 
 help: ## explain the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,10 +32,13 @@ demo: install ## train, stop, resume, export and use a small Emu on drawn scenes
 	$(BIN)/python -m benchmarks.demo.run
 
 test: install ## the whole test suite
-	$(TESTS)
+	$(TESTS) -m "not matrix"
 
 test-fast: install ## the tests that take seconds
-	$(TESTS) -m "not slow and not gpu"
+	$(TESTS) -m "not slow and not gpu and not matrix"
+
+test-matrix: install ## training in every parallel layout, and every move of a checkpoint between layouts
+	$(TESTS) tests/distributed -m matrix
 
 test-export: install ## an exported package in an environment that has only its own dependencies
 	$(TESTS) tests/inference -m clean_env

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Union
 
@@ -118,8 +119,9 @@ class Cursor:
 class PackedRow:
     """One row of ``seq_len`` positions holding whole documents, pictures decoded.
 
-    images: uint8 [M, 3, H, W]; document_ok[i] is False when a picture of document i could not be decoded.
-    skips: (source, reason) -> count since the lane's previous row.
+    images: uint8 [m, 3, H, W], those of this rank; image_counts: m of every rank of the tensor-parallel group.
+    failures: document -> why one of its pictures on this rank could not be decoded.
+    skips: (source, reason) -> count of samples left out before packing, since the lane's previous row.
     unreachable: (source number, q) of the units that the lane passed over since its previous row.
     """
 
@@ -127,13 +129,10 @@ class PackedRow:
     cursor: Cursor
     documents: list[TokenizedDocument]
     images: torch.Tensor
-    document_ok: list[bool]
+    image_counts: list[int]
+    failures: dict[int, str] = field(default_factory=dict)
     skips: dict[tuple[str, str], int] = field(default_factory=dict)
     unreachable: tuple[tuple[int, int], ...] = ()
-
-    @property
-    def num_images(self) -> int:
-        return sum(len(document.image_starts) for document in self.documents)
 
 
 @dataclass
@@ -142,10 +141,12 @@ class Batch:
 
     input_ids int64 [B, S]; document_ids int32 [B, S], 1.. within a row, 0 = padding;
     position_ids int64 [B, S], restarting in every document;
-    images uint8 [M, 3, H, W], not normalised, channels-last in memory;
-    image_starts int64 [M, 2]: row, column of each ``[IMG]``, row-major;
+    images uint8 [m, 3, H, W], those this rank is to encode, not normalised, channels-last in memory;
+    image_counts: m of every rank of the tensor-parallel group, M together;
+    image_starts int64 [M, 2]: row, column of each ``[IMG]``: the first rank's in reading order, then the second's ...;
     document_sources int64 [B, D]: source number (-1 = no document); document_ok bool [B, D].
     keys[b][d], names of the samples; cursors: lane -> cursor after its last row in this batch.
+    failures: (row, document) -> why a picture could not be decoded; skips: of samples left out before packing.
     """
 
     input_ids: torch.Tensor
@@ -153,8 +154,15 @@ class Batch:
     position_ids: torch.Tensor
     images: torch.Tensor
     image_starts: torch.Tensor
+    image_counts: list[int]
     document_sources: torch.Tensor
     document_ok: torch.Tensor
     keys: list[list[SampleKey]]
     cursors: dict[int, Cursor]
+    failures: dict[tuple[int, int], str]
     skips: dict[tuple[str, str], int]
+
+    def all_skips(self) -> Counter[tuple[str, str]]:
+        """(source, reason) -> count of samples, left out before packing or broken."""
+        broken = Counter((self.keys[r][d].source, reason) for (r, d), reason in self.failures.items())
+        return Counter(self.skips) + broken

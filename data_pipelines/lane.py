@@ -44,7 +44,8 @@ SkipCounts = Counter[tuple[str, str]]
 class LaneSettings:
     """What all lanes of a rank share.
 
-    readers: the sources of the mixture in order; buffer_bytes: encoded pictures that one lane may hold.
+    readers: the sources of the mixture in order; buffer_bytes: encoded pictures that one lane may hold; tp_rank,
+    tp_size: place in the tensor-parallel group, each rank of which decodes a part of a row's pictures.
     """
 
     config: DataConfig
@@ -53,6 +54,8 @@ class LaneSettings:
     num_queries: int
     image_size: int
     buffer_bytes: int
+    tp_rank: int = 0
+    tp_size: int = 1
 
     def __post_init__(self) -> None:
         weights = [self.config.sources[reader.name].weight for reader in self.readers]
@@ -82,7 +85,7 @@ class Lane:
         self._window: Window | None = None
 
     def next_row(self, out: np.ndarray | None = None) -> PackedRow:
-        """out: uint8 [at least M, 3, H, W], where the row's M images are to be; None = in memory of their own."""
+        """out: uint8 [at least m, 3, H, W], where this rank's m images are to be; None = in memory of their own."""
         if self._window is not None and self._cursor.row == len(self._window.rows) - ROWS_AHEAD:
             self._expect(self._window.positions)
         while self._window is None:
@@ -94,10 +97,13 @@ class Lane:
         documents, window.rows[row] = window.rows[row], []  # the encoded pictures are no longer held
         skips = Counter(window.skips) if row == 0 else Counter()
         unreachable = window.unreachable if row == 0 else ()
-        images, document_ok = self._decode(documents, skips, out)
+        counts = share_images(
+            self.number, sum(len(document.image_starts) for document in documents), self._settings.tp_size
+        )
+        images, failures = self._decode(documents, counts, out)
         self._advance(window)
         emitted = [dataclasses.replace(document, pictures=None) for document in documents]
-        return PackedRow(self.number, self._cursor, emitted, images, document_ok, dict(skips), unreachable)
+        return PackedRow(self.number, self._cursor, emitted, images, counts, failures, dict(skips), unreachable)
 
     def expect_window(self) -> None:
         """Begin to fetch the chunks that the next row needs."""
@@ -117,29 +123,31 @@ class Lane:
             self._window = None
 
     def _decode(
-        self, documents: list[TokenizedDocument], skips: SkipCounts, out: np.ndarray | None
-    ) -> tuple[torch.Tensor, list[bool]]:
-        """Images uint8 [M, 3, H, W] of a row, blank where a picture is broken, and which documents are whole."""
-        max_pixels = int(self._settings.config.max_image_megapixels * 1e6)
-        num_images, position = sum(len(document.image_starts) for document in documents), 0
-        images = blank_images(num_images, self._settings.image_size) if out is None else out[:num_images]
-        places: list[tuple[int, int]] = []
+        self, documents: list[TokenizedDocument], counts: list[int], out: np.ndarray | None
+    ) -> tuple[torch.Tensor, dict[int, str]]:
+        """This rank's images uint8 [m, 3, H, W] of a row, blank where a picture is broken, and by document why its
+        first broken one is."""
+        settings = self._settings
+        first, num_own = sum(counts[: settings.tp_rank]), counts[settings.tp_rank]
+        images = blank_images(num_own, settings.image_size) if out is None else out[:num_own]
         pictures: list[Picture] = []
+        places: list[tuple[int, int]] = []  # position among the own images, document
         failures: list[tuple[int, int, str]] = []
+        position = -first
         for d, document in enumerate(documents):
-            several = self._pictures_of(document)
-            if several is None:
-                failures.append((d, position, UNREACHABLE))
-                images[position : position + len(document.image_starts)] = 0
-            places += [(d, position + i) for i in range(len(several or ()))]
-            pictures += several or ()
+            own = range(max(0, -position), min(len(document.image_starts), num_own - position))
+            if own:
+                several = self._pictures_of(document)
+                if several is None:
+                    failures.append((position + own[0], d, UNREACHABLE))
+                    images[position + own[0] : position + own[-1] + 1] = 0
+                else:
+                    pictures += [several[i] for i in own]
+                    places += [(position + i, d) for i in own]
             position += len(document.image_starts)
-        errors = decode_into([images[position] for _, position in places], pictures, max_pixels)
+        errors = decode_into([images[i] for i, _ in places], pictures, int(settings.config.max_image_megapixels * 1e6))
         failures += [(*places[place], error.reason) for place, error in errors.items()]
-        first_failures = {d: reason for d, _, reason in sorted(failures, reverse=True)}
-        skips.update((documents[d].key.source, reason) for d, reason in first_failures.items())
-        document_ok = [d not in first_failures for d in range(len(documents))]
-        return torch.from_numpy(images), document_ok
+        return torch.from_numpy(images), {d: reason for _, d, reason in sorted(failures, reverse=True)}
 
     def _pictures_of(self, document: TokenizedDocument) -> Sequence[Picture] | None:
         """None where they would have to be read again and their store does not answer."""
@@ -154,6 +162,13 @@ class Lane:
             return None
         assert isinstance(again, Document), "a source must be a pure function"
         return [e for e in again.elements if not isinstance(e, Text)][: len(document.image_starts)]
+
+
+def share_images(lane: int, num_images: int, tp_size: int) -> list[int]:
+    """How many images of a row each rank of the tensor-parallel group decodes and encodes: in reading order, so that
+    the frames of a video stay together, and what is left over in turn by lane."""
+    whole, left = divmod(num_images, tp_size)
+    return [whole + ((rank + lane) % tp_size < left) for rank in range(tp_size)]
 
 
 def first_cursor(lane: int, num_sources: int) -> Cursor:

@@ -130,6 +130,8 @@ def holdout_documents(config: DataConfig, index: Index, source: str) -> Iterator
 class Loader:
     """Endless micro-batches of one data-parallel rank, from `cursors` (lane -> cursor, None = the beginning) on.
 
+    The ranks of a tensor-parallel group get the same rows, each with the pictures that it is to encode.
+
     indexes: as `open_indexes` gives them. image_size: of the pictures, in pixels. Every iteration starts at `cursors`;
     a batch's own cursors tell how far its consumer has come. unreachable_log: file for what
     `data.skip_unreachable` passes over, a JSON line a unit.
@@ -145,6 +147,8 @@ class Loader:
         image_size: int,
         dp_rank: int,
         dp_size: int,
+        tp_rank: int = 0,
+        tp_size: int = 1,
         cursors: dict[int, Cursor] | None = None,
         unreachable_log: Path | None = None,
     ) -> None:
@@ -156,7 +160,9 @@ class Loader:
         fetcher = ChunkFetcher(config)
         self._readers = [SourceReader(name, config, index, fetcher) for name, index in indexes.items()]
         buffer_bytes = config.buffer_mb * 2**20 // num_lanes
-        self._settings = LaneSettings(config, self._readers, tokenizer, num_queries, image_size, buffer_bytes)
+        self._settings = LaneSettings(
+            config, self._readers, tokenizer, num_queries, image_size, buffer_bytes, tp_rank, tp_size
+        )
         num_batches = -(-max(1, config.num_workers) // config.micro_batch_rows)
         self._round_rows = num_batches * config.micro_batch_rows
         self._prefetch_items = -(-config.prefetch_rows // self._round_rows)
@@ -170,9 +176,12 @@ class Loader:
         """Round by round: the fewest micro-batches that give every worker something to do."""
         arenas = [self._make_arena() for _ in range(self._config.num_workers)] or [None]
         items = iter(self._open_workers(arenas))
+        tp_rank = self._settings.tp_rank
         try:
             while True:
-                slots = dict(itertools.chain.from_iterable(_rows_of(_next_item(items), arena) for arena in arenas))
+                slots = dict(
+                    itertools.chain.from_iterable(_rows_of(_next_item(items), arena, tp_rank) for arena in arenas)
+                )
                 while slots:
                     rows = [slots.pop(slot) for slot in sorted(slots)[: self._config.micro_batch_rows]]
                     self._log_unreachable(rows)
@@ -190,7 +199,7 @@ class Loader:
     def _make_arena(self) -> Arena | None:
         return Arena(
             num_in_flight=self._prefetch_items,
-            num_images=self._round_rows * self._config.max_images_per_row,
+            num_images=self._round_rows * -(-self._config.max_images_per_row // self._settings.tp_size),
             image_size=self._settings.image_size,
         )
 
@@ -276,18 +285,15 @@ def _next_item(items: Iterator[WorkerItem | UserError]) -> WorkerItem | UserErro
         raise error.with_traceback(None) from None
 
 
-def _rows_of(item: WorkerItem | UserError, arena: Arena | None) -> list[tuple[int, PackedRow]]:
-    """The rows with their images."""
+def _rows_of(item: WorkerItem | UserError, arena: Arena | None, tp_rank: int) -> list[tuple[int, PackedRow]]:
+    """The rows with this rank's images."""
     if isinstance(item, UserError):
         raise item
     if arena is None or item.arena_slot is None:
         return item.rows
-    ends = list(itertools.accumulate(row.num_images for _, row in item.rows))
-    images = arena.lend(item.arena_slot, ends[-1] if ends else 0)
-    return [
-        (slot, dataclasses.replace(row, images=images[end - row.num_images : end]))
-        for (slot, row), end in zip(item.rows, ends, strict=True)
-    ]
+    counts = [row.image_counts[tp_rank] for _, row in item.rows]
+    images = arena.lend(item.arena_slot, sum(counts)).split(counts)
+    return [(slot, dataclasses.replace(row, images=own)) for (slot, row), own in zip(item.rows, images, strict=True)]
 
 
 def _as_it_is(item: Any) -> Any:

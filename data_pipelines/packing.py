@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 
@@ -126,34 +127,45 @@ class _OpenRows:
 
 
 def collate(rows: Sequence[PackedRow], seq_len: int, pad: int, source_names: Sequence[str]) -> Batch:
-    """One micro-batch of the rows in the order given; `source_names` in the order of the source numbers."""
+    """One micro-batch of the rows in the order given; `source_names` in the order of the source numbers.
+
+    A document is ok as far as this rank can tell; it has not seen the pictures of the others of its group.
+    """
     input_ids = np.full((len(rows), seq_len), pad, np.int64)
     document_ids = np.zeros((len(rows), seq_len), np.int32)
     position_ids = np.zeros((len(rows), seq_len), np.int64)
     max_documents = max(len(row.documents) for row in rows)
     sources = np.full((len(rows), max_documents), -1, np.int64)
     document_ok = np.zeros((len(rows), max_documents), bool)
-    image_starts: list[tuple[int, int]] = []
+    starts_by_rank: list[list[tuple[int, int]]] = [[] for _ in rows[0].image_counts]
+    failures: dict[tuple[int, int], str] = {}
     for r, row in enumerate(rows):
         begin = 0
+        starts: list[tuple[int, int]] = []
         for d, document in enumerate(row.documents):
             end = begin + len(document.input_ids)
             input_ids[r, begin:end] = document.input_ids
             document_ids[r, begin:end] = d + 1
             position_ids[r, begin:end] = np.arange(end - begin)
             sources[r, d] = source_names.index(document.key.source)
-            document_ok[r, d] = row.document_ok[d]
-            image_starts.extend((r, begin + start) for start in document.image_starts)
+            document_ok[r, d] = d not in row.failures
+            starts.extend((r, begin + start) for start in document.image_starts)
             begin = end
+        for of_rank, count in zip(starts_by_rank, row.image_counts, strict=True):
+            of_rank += starts[:count]
+            del starts[:count]
+        failures |= {(r, d): reason for d, reason in row.failures.items()}
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         document_ids=torch.from_numpy(document_ids),
         position_ids=torch.from_numpy(position_ids),
         images=rows[0].images if len(rows) == 1 else torch.cat([row.images for row in rows]),  # not copied alone
-        image_starts=torch.tensor(image_starts, dtype=torch.int64).reshape(-1, 2),
+        image_starts=torch.tensor(list(itertools.chain(*starts_by_rank)), dtype=torch.int64).reshape(-1, 2),
+        image_counts=list(map(len, starts_by_rank)),
         document_sources=torch.from_numpy(sources),
         document_ok=torch.from_numpy(document_ok),
         keys=[[document.key for document in row.documents] for row in rows],
         cursors={row.lane: row.cursor for row in rows},
+        failures=failures,
         skips=dict(sum((Counter(row.skips) for row in rows), Counter())),
     )

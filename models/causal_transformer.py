@@ -12,6 +12,9 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+INIT_STD = 0.02
 
 
 def relative_position_buckets(length: int, num_buckets: int, max_distance: int) -> Tensor:
@@ -24,6 +27,20 @@ def relative_position_buckets(length: int, num_buckets: int, max_distance: int) 
     return torch.where(distance < exact, distance, logarithmic)
 
 
+class Linear(nn.Linear):
+    """Starts normal of `std`, the bias 0; drawn where nn.Linear's constructor does, for ZeRO-3 splits the parameters of
+    a module over the ranks as soon as it is constructed."""
+
+    def __init__(self, in_width: int, out_width: int, std: float, bias: bool = False) -> None:
+        self.std = std
+        super().__init__(in_width, out_width, bias)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
 class Attention(nn.Module):
     """Unscaled multi-head attention from [M, N, W] to keys and values of [M, K, key_width]."""
 
@@ -31,14 +48,10 @@ class Attention(nn.Module):
         super().__init__()
         inner = num_heads * head_width
         self.num_heads = num_heads
-        self.q = nn.Linear(width, inner, bias=False)
-        self.k = nn.Linear(key_width, inner, bias=False)
-        self.v = nn.Linear(key_width, inner, bias=False)
-        self.o = nn.Linear(inner, width, bias=False)
-        nn.init.normal_(self.q.weight, std=(width * head_width) ** -0.5)
-        nn.init.normal_(self.k.weight, std=key_width**-0.5)
-        nn.init.normal_(self.v.weight, std=key_width**-0.5)
-        nn.init.normal_(self.o.weight, std=inner**-0.5)
+        self.q = Linear(width, inner, std=(width * head_width) ** -0.5)
+        self.k = Linear(key_width, inner, std=key_width**-0.5)
+        self.v = Linear(key_width, inner, std=key_width**-0.5)
+        self.o = Linear(inner, width, std=inner**-0.5)
 
     def forward(self, x: Tensor, keys: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
         q, k, v = (
@@ -52,14 +65,23 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, width: int, hidden: int, dropout: float) -> None:
         super().__init__()
-        self.wi = nn.Linear(width, hidden, bias=False)
-        self.wo = nn.Linear(hidden, width, bias=False)
+        self.wi = Linear(width, hidden, std=width**-0.5)
+        self.wo = Linear(hidden, width, std=hidden**-0.5)
         self.dropout = nn.Dropout(dropout)
-        nn.init.normal_(self.wi.weight, std=width**-0.5)
-        nn.init.normal_(self.wo.weight, std=hidden**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.wo(self.dropout(F.relu(self.wi(x))))
+
+
+class PositionBias(nn.Embedding):
+    """One number a bucket of distances and head; starts normal of `std`."""
+
+    def __init__(self, num_buckets: int, num_heads: int, std: float) -> None:
+        self.std = std
+        super().__init__(num_buckets, num_heads)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.std)
 
 
 class CausalBlock(nn.Module):
@@ -91,7 +113,12 @@ class CausalBlock(nn.Module):
 
 
 class CausalTransformer(nn.Module):
-    """Vision tokens [M, P, V] -> visual embeddings [M, N, D] as they enter the language model."""
+    """Vision tokens [M, P, V] -> visual embeddings [M, N, D] as they enter the language model.
+
+    With `recompute` a block keeps its inputs alone for the backward pass and is computed again there.
+    """
+
+    recompute = False
 
     def __init__(
         self,
@@ -112,18 +139,15 @@ class CausalTransformer(nn.Module):
         self.position_buckets = position_buckets
         self.position_max_distance = position_max_distance
         self.queries = nn.Parameter(torch.empty(1, num_queries, width))
-        self.relative_attention_bias = nn.Embedding(position_buckets, num_heads)
+        self.relative_attention_bias = PositionBias(position_buckets, num_heads, std=width**-0.5)
         self.blocks = nn.ModuleList(
             CausalBlock(vision_width, width, num_heads, head_width, mlp_width, norm_eps, dropout)
             for _ in range(num_layers)
         )
         self.final_norm = nn.RMSNorm(width, eps=norm_eps)
         self.dropout = nn.Dropout(dropout)
-        self.projection = nn.Linear(width, output_width)
-        nn.init.normal_(self.queries, std=0.02)
-        nn.init.normal_(self.relative_attention_bias.weight, std=width**-0.5)
-        nn.init.normal_(self.projection.weight, std=0.02)
-        nn.init.zeros_(self.projection.bias)
+        self.projection = Linear(width, output_width, std=INIT_STD, bias=True)
+        nn.init.normal_(self.queries, std=INIT_STD)
 
     def causal_bias(self) -> Tensor:
         """[1, heads, N, N]: T5's relative position bias, -inf above the diagonal; shared by all blocks."""
@@ -137,5 +161,6 @@ class CausalTransformer(nn.Module):
         bias = self.causal_bias()
         x = self.dropout(self.queries.expand(vision_tokens.shape[0], -1, -1))
         for block in self.blocks:
-            x = block(x, vision_tokens, bias)
+            inputs = (x, vision_tokens, bias)
+            x = checkpoint(block, *inputs, use_reentrant=False) if self.recompute else block(*inputs)
         return self.projection(self.dropout(self.final_norm(x)))

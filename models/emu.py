@@ -1,7 +1,7 @@
 """Emu up to its two heads: images become embeddings among the text tokens, one decoder predicts the next of either.
 
-Shapes: B rows of S positions, M images of N slots, W width of the language model. `Batch` in data_pipelines/document.py
-says what the inputs hold.
+Shapes: B rows of S positions, M images of N slots, m of them on this rank, W width of the language model. `Batch` in
+data_pipelines/document.py says what the inputs hold.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import asdict
 
 import torch
+from megatron.core.parallel_state import get_tensor_model_parallel_group
 from torch import Tensor, nn
 
-from models.causal_transformer import CausalTransformer
+from models.causal_transformer import CausalTransformer, Linear
 from models.config import CausalTransformerConfig, ModelConfig, ObjectiveConfig, VisionConfig
-from models.language_model import LanguageModel
+from models.language_model import ON_ITS_OWN, LanguageModel, Parallelism
 from models.objective import (
     StopRegressionGradient,
     embedding_statistics,
@@ -21,6 +22,7 @@ from models.objective import (
     loss_statistics,
     regression_errors,
 )
+from models.tensor_parallel import gather_images
 from models.text_head import LanguageModelHead
 from models.vision_encoder import VisionEncoder, normalise_pixels
 
@@ -45,7 +47,13 @@ def gradient_keeping_graph(loss: Tensor, of: Tensor) -> Tensor:
 class Emu(nn.Module):
     """The pretrained network. Every submodule runs exactly once per forward pass, whatever the batch holds."""
 
-    def __init__(self, config: ModelConfig, objective: ObjectiveConfig, num_sources: int) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        objective: ObjectiveConfig,
+        num_sources: int,
+        parallelism: Parallelism = ON_ITS_OWN,
+    ) -> None:
         super().__init__()
         self.config = config
         self.num_sources = num_sources
@@ -53,10 +61,10 @@ class Emu(nn.Module):
         width = config.language_model.width
         self.vision_encoder = build_vision_encoder(config.vision)
         self.causal_transformer = build_causal_transformer(config.causal_transformer, config.vision.width, width)
-        self.language_model = LanguageModel(config.language_model)
+        self.vision_encoder.recompute = self.causal_transformer.recompute = parallelism.recompute == "full"
+        self.language_model = LanguageModel(config.language_model, parallelism)
         self.text_head = LanguageModelHead(config.language_model)
-        self.regression_head = nn.Linear(width, width, bias=False)
-        nn.init.normal_(self.regression_head.weight, std=config.language_model.init_std)
+        self.regression_head = Linear(width, width, std=config.language_model.init_std)
         self.early_gradient = gradient_keeping_graph
 
     def encode(self, images: Tensor) -> Tensor:
@@ -72,6 +80,7 @@ class Emu(nn.Module):
         position_ids: Tensor,
         images: Tensor,
         image_starts: Tensor,
+        image_counts: list[int],
         document_sources: Tensor,
         document_ok: Tensor,
         text_scale: float,
@@ -92,7 +101,8 @@ class Emu(nn.Module):
             self.config.causal_transformer.num_queries,
             self.config.language_model.text_vocab_size,
         )
-        visual = self._encode_or_blank(images)
+        own, unused = self._encode_or_blank(images)
+        visual = gather_images(own, image_counts, get_tensor_model_parallel_group())
         holder: dict[str, Tensor] = {}
         if self.text_only_encoder and torch.is_grad_enabled():
             visual = StopRegressionGradient.apply(visual, holder)
@@ -106,25 +116,25 @@ class Emu(nn.Module):
         if self.text_only_encoder and torch.is_grad_enabled():
             holder["gradient"] = self.early_gradient(text_loss, visual)
         return {
-            "loss": text_loss + image_scale * errors.sum(),
+            "loss": text_loss + image_scale * errors.sum() + 0 * unused.sum(),
             **loss_statistics(text_losses, errors, targets, self.num_sources),
-            **embedding_statistics(visual[: len(images)]),
-            "embedding_sample": visual[: len(images)].detach().mean(dim=1)[:NUM_SAMPLED].float(),
+            **embedding_statistics(visual),
+            "embedding_sample": visual.detach().mean(dim=1)[:NUM_SAMPLED].float(),
         }
 
-    def _encode_or_blank(self, images: Tensor) -> Tensor:
-        """A rank without images encodes one blank: a module that some rank leaves out makes ZeRO-3 hang."""
+    def _encode_or_blank(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings [m, N, W] of this rank's images, and of a blank one where it has none: a module that some rank
+        leaves out makes ZeRO-3 hang."""
         if len(images):
-            return self.encode(images)
+            z = self.encode(images)
+            return z, z[:0]
         size = self.config.vision.image_size
-        return self.encode(images.new_zeros(1, 3, size, size))
+        blank = self.encode(images.new_zeros(1, 3, size, size))
+        return blank[:0], blank
 
     def _embed(self, input_ids: Tensor, visual: Tensor, image_starts: Tensor) -> Tensor:
         """Token embeddings [B, S, W] with the visual ones put over the `<image>` slots."""
         tokens = self.language_model.embed_tokens(input_ids)
-        num_images, num_slots = len(image_starts), visual.shape[1]
         first = image_starts[:, 0] * input_ids.shape[1] + image_starts[:, 1]
-        slots = (first[:, None] + torch.arange(1, num_slots + 1, device=first.device)).flatten()
-        used, unused = visual[:num_images], visual[num_images:]
-        filled = tokens.flatten(0, 1).index_copy(0, slots, used.flatten(0, 1).to(tokens.dtype))
-        return filled.view_as(tokens) + 0 * unused.sum().to(tokens.dtype)
+        slots = (first[:, None] + torch.arange(1, visual.shape[1] + 1, device=first.device)).flatten()
+        return tokens.flatten(0, 1).index_copy(0, slots, visual.flatten(0, 1).to(tokens.dtype)).view_as(tokens)

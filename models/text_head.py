@@ -89,6 +89,7 @@ class LanguageModelHead(ColumnParallelLinear):
             init_method=partial(nn.init.normal_, std=config.init_std),
             bias=False,
             gather_output=False,
+            tp_group=get_tensor_model_parallel_group(),
         )
 
     def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:

@@ -61,9 +61,13 @@ class OptimConfig:
 
 @dataclass
 class ParallelConfig:
-    """zero_stage: DeepSpeed ZeRO 0-3 over the data-parallel ranks. precision: fp32 | bf16.
+    """zero_stage: DeepSpeed ZeRO 0-3 over the data-parallel ranks. precision: fp32 | bf16 (with fp32 master weights).
 
-    tensor: ranks that share every layer of the language model (tensor parallel); they are neighbours.
+    tensor: ranks that share every layer of the language model (tensor parallel) and the images of their rows; they are
+    neighbours. sequence: between the layers they also share the positions (saves activations; CUDA only).
+    activation_checkpointing: none | selective | full, what is computed again in backward (models/recompute.py).
+    offload_optimizer: none | cpu, where Adam's state and step are. offload_parameters: none | cpu, where ZeRO-3 keeps
+    weights that are not in use.
 
     persistence_threshold: ZeRO-3 keeps smaller parameters whole on every rank. timeout_minutes: a collective that takes
     longer ends the run. threads: CPU threads of a rank, 0 = leave as it is. deterministic: refuse operations whose
@@ -72,6 +76,10 @@ class ParallelConfig:
 
     zero_stage: int = 2
     tensor: int = 1
+    sequence: bool = False
+    activation_checkpointing: str = "none"
+    offload_optimizer: str = "none"
+    offload_parameters: str = "none"
     precision: str = "fp32"
     persistence_threshold: int = 100_000
     timeout_minutes: float = 30.0
@@ -169,10 +177,14 @@ def validate(config: PretrainConfig, dp_size: int) -> None:
     choose("optim.schedule", config.optim.schedule, ("cosine", "constant"))
     choose("model.language_model.rope_scaling", config.model.language_model.rope_scaling, ("none", "linear", "llama3"))
     choose("parallel.precision", config.parallel.precision, ("fp32", "bf16"))
+    choose("parallel.activation_checkpointing", config.parallel.activation_checkpointing, ("none", "selective", "full"))
+    choose("parallel.offload_optimizer", config.parallel.offload_optimizer, ("none", "cpu"))
+    choose("parallel.offload_parameters", config.parallel.offload_parameters, ("none", "cpu"))
     choose("checkpoint.resume", config.checkpoint.resume, ("auto", "never"))
     choose("monitor.wandb", config.monitor.wandb, ("offline", "online", "disabled"))
     if config.parallel.zero_stage not in (0, 1, 2, 3):
         raise UserError(f"parallel.zero_stage={config.parallel.zero_stage} is not a ZeRO stage: choose 0, 1, 2 or 3")
+    validate_parallel(config)
     for key, least in LEAST.items():
         if (value := attrgetter(key)(config)) < least:
             raise UserError(f"{key}={value} is too small: give at least {least}")
@@ -193,6 +205,23 @@ def validate(config: PretrainConfig, dp_size: int) -> None:
             "models.weights.import_"
         )
     validate_batching(config.data, dp_size, config.model.causal_transformer.num_queries)
+
+
+def validate_parallel(config: PretrainConfig) -> None:
+    parallel = config.parallel
+    for key, wanted, least in (("offload_optimizer", parallel.offload_optimizer, 1),
+                               ("offload_parameters", parallel.offload_parameters, 3)):  # fmt: skip
+        if wanted != "none" and parallel.zero_stage < least:
+            raise UserError(
+                f"parallel.{key}={wanted} needs parallel.zero_stage={least} or higher: set that, or {key}=none"
+            )
+    if parallel.sequence and parallel.tensor == 1:
+        raise UserError("parallel.sequence=true spreads positions over tensor-parallel ranks: set parallel.tensor > 1")
+    if parallel.sequence and config.data.seq_len % parallel.tensor:
+        raise UserError(
+            f"data.seq_len={config.data.seq_len} is not a multiple of parallel.tensor={parallel.tensor}, which "
+            "parallel.sequence=true needs: change one of them"
+        )
 
 
 def data_parallel_size(config: PretrainConfig, num_procs: int) -> int:

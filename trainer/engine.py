@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from conf import UserError
 from models.emu import Emu, gradient_keeping_graph
+from models.language_model import Parallelism
+from models.tensor_parallel import sum_gradients
 from models.weights.eva_clip import load_vision_encoder
 from trainer.config import OptimConfig, ParallelConfig, PretrainConfig
 from trainer.topology import MegatronGroups, Topology
@@ -71,11 +73,21 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def build_model(config: PretrainConfig) -> Emu:
-    """The model with its starting weights, on the CPU in fp32."""
-    model = Emu(config.model, config.objective, num_sources=len(config.data.sources))
+def build_model(config: PretrainConfig, settings: dict[str, Any]) -> Emu:
+    """The model with its starting weights; at ZeRO-3 every module is split over the ranks as soon as it is made.
+
+    settings: for DeepSpeed. The ranks are those of the data-parallel group: over the world, which zero.Init takes if it
+    is left to choose, all tensor-parallel ranks would silently get the first one's shards.
+    """
+    is_split = config.parallel.zero_stage == 3
+    parallelism = Parallelism(config.parallel.sequence, config.parallel.activation_checkpointing)
+    group = parallel_state.get_data_parallel_group()
+    with deepspeed.zero.Init(data_parallel_group=group, config_dict_or_path=settings, enabled=is_split):
+        model = Emu(config.model, config.objective, len(config.data.sources), parallelism)
     if config.init.vision_encoder:
-        load_vision_encoder(model.vision_encoder, config.init.vision_encoder)
+        encoder = list(model.vision_encoder.parameters())
+        with deepspeed.zero.GatheredParameters(encoder, modifier_rank=0, enabled=is_split):
+            load_vision_encoder(model.vision_encoder, config.init.vision_encoder)
     return model
 
 
@@ -90,7 +102,8 @@ def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any
     for name, parameter in model.named_parameters():
         owner = name.partition(".")[0]
         owner = owner if owner in rates else "language_model"
-        decayed = parameter.ndim > 1 and not any(part in UNDECAYED for part in name.split("."))
+        num_dims = len(getattr(parameter, "ds_shape", parameter.shape))
+        decayed = num_dims > 1 and not any(part in UNDECAYED for part in name.split("."))
         group = groups.setdefault(
             (owner, decayed),
             {
@@ -105,33 +118,45 @@ def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any
     return list(groups.values())
 
 
-def deepspeed_settings(config: PretrainConfig, accumulation_steps: int, num_parameters: int) -> dict[str, Any]:
-    bucket = min(MAX_BUCKET, num_parameters)  # DeepSpeed allocates it whole, 2 GB by default even for a small model
+def deepspeed_settings(config: PretrainConfig, accumulation_steps: int) -> dict[str, Any]:
+    parallel = config.parallel
+    zero: dict[str, Any] = {
+        "stage": parallel.zero_stage,
+        "stage3_param_persistence_threshold": parallel.persistence_threshold,
+    }
+    places = {"offload_optimizer": parallel.offload_optimizer, "offload_param": parallel.offload_parameters}
+    for key, device in places.items():
+        if device != "none":
+            zero[key] = {"device": device, "pin_memory": torch.cuda.is_available()}
     return {
         "train_micro_batch_size_per_gpu": config.data.micro_batch_rows,
         "gradient_accumulation_steps": accumulation_steps,
         "gradient_clipping": config.optim.grad_clip,
-        "zero_optimization": {
-            "stage": config.parallel.zero_stage,
-            "reduce_bucket_size": bucket,
-            "allgather_bucket_size": bucket,
-            "stage3_param_persistence_threshold": config.parallel.persistence_threshold,
-        },
-        "bf16": {"enabled": config.parallel.precision == "bf16"},
+        "zero_optimization": zero,
+        "bf16": {"enabled": parallel.precision == "bf16"},
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW is as fast there and needs no compiler
         "steps_per_print": 10**9,
     }
 
 
 def build_engine(config: PretrainConfig, topology: Topology) -> DeepSpeedEngine:
-    """Model, AdamW and DeepSpeed. Every rank builds the same weights; DeepSpeed partitions them."""
-    model = build_model(config)
+    """Model, AdamW and DeepSpeed."""
+    if config.parallel.sequence and not torch.cuda.is_available():
+        raise UserError("parallel.sequence=true works on CUDA only: set it to false")
     optim = config.optim
-    groups = parameter_groups(model, optim)
-    optimizer = torch.optim.AdamW(groups, betas=(optim.beta1, optim.beta2), eps=optim.eps)
     accumulation_steps = config.data.global_batch_rows // topology.dp_size // config.data.micro_batch_rows
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    settings = deepspeed_settings(config, accumulation_steps, num_parameters)
+    settings = deepspeed_settings(config, accumulation_steps)
+    model = build_model(config, settings)
+    num_parameters = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+    for bucket in ("reduce_bucket_size", "allgather_bucket_size"):  # DeepSpeed allocates them whole, 2 GB by default
+        settings["zero_optimization"][bucket] = min(MAX_BUCKET, num_parameters)
+    if topology.tp_size > 1:
+        assert topology.tp_group is not None
+        sum_gradients(partial_parameters(model, config.parallel), topology.tp_group)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, optim), betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True
+    )
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
@@ -142,6 +167,16 @@ def build_engine(config: PretrainConfig, topology: Topology) -> DeepSpeedEngine:
     if config.parallel.zero_stage == 3:
         model.early_gradient = _keep_zero3_counters(model, gradient_keeping_graph)
     return engine
+
+
+def partial_parameters(model: Emu, parallel: ParallelConfig) -> list[nn.Parameter]:
+    """Replicated parameters that each tensor-parallel rank applies to a part of the micro-batch only.
+
+    The other replicated ones (norms without sequence parallelism, the regression head) see the same on all ranks of the
+    group, and so get the same gradient.
+    """
+    encoders = [*model.vision_encoder.parameters(), *model.causal_transformer.parameters()]
+    return encoders + (model.language_model.norms() if parallel.sequence else [])
 
 
 def _keep_zero3_counters(model: nn.Module, function: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -59,6 +60,7 @@ def training_step(
     Both losses are sums over targets divided by the global number of targets, so the gradient does not depend on how
     rows are spread over ranks and micro-batches. DeepSpeed averages over the data-parallel ranks: hence dp_size.
     """
+    agree_on_failures(batches, topology, engine.device)
     inputs = [_model_inputs(batch, engine.device) for batch in batches]
     counts = count_step(batches, inputs, config, topology)
     text_scale = topology.dp_size * config.objective.text_weight / max(1, counts.text_targets)
@@ -108,8 +110,28 @@ def _norm_without_zero(engine: DeepSpeedEngine, topology: Topology) -> float | N
     return float((whole + sharded).sqrt())
 
 
-def _model_inputs(batch: Batch, device: torch.device) -> dict[str, Tensor]:
-    return {name: getattr(batch, name).to(device, non_blocking=True) for name in MODEL_INPUTS}
+def _model_inputs(batch: Batch, device: torch.device) -> dict[str, Any]:
+    tensors = {name: getattr(batch, name).to(device, non_blocking=True) for name in MODEL_INPUTS}
+    return {**tensors, "image_counts": batch.image_counts}
+
+
+def agree_on_failures(batches: list[Batch], topology: Topology, device: torch.device) -> None:
+    """A picture that one rank of a tensor-parallel group could not decode takes its document from all of them.
+
+    The rank with the document's first broken picture counts it, and the first rank what was left out before packing:
+    over all ranks every sample is then counted once, with the reason that one process would give. Collective.
+    """
+    if topology.tp_size == 1:
+        return
+    failed_at = torch.cat([torch.where(batch.document_ok, topology.tp_size, topology.tp_rank) for batch in batches], 1)
+    failed_at = failed_at.to(device)
+    dist.all_reduce(failed_at, dist.ReduceOp.MIN, group=topology.tp_group)
+    widths = [batch.document_ok.shape[1] for batch in batches]
+    for batch, first in zip(batches, failed_at.cpu().split(widths, dim=1), strict=True):
+        batch.document_ok &= first == topology.tp_size
+        batch.failures = {at: why for at, why in batch.failures.items() if first[at] == topology.tp_rank}
+        if topology.tp_rank > 0:
+            batch.skips = {}
 
 
 def _set_learning_rates(engine: DeepSpeedEngine, factor: float) -> None:
@@ -118,7 +140,7 @@ def _set_learning_rates(engine: DeepSpeedEngine, factor: float) -> None:
 
 
 def count_step(
-    batches: list[Batch], inputs: list[dict[str, Tensor]], config: PretrainConfig, topology: Topology
+    batches: list[Batch], inputs: list[dict[str, Any]], config: PretrainConfig, topology: Topology
 ) -> StepCounts:
     """Targets, tokens, images and sample digest of the step, summed over micro-batches and ranks."""
     local = torch.zeros(5, dtype=torch.int64)
@@ -137,7 +159,7 @@ def count_step(
                 len(targets.text_positions),
                 targets.image_positions.numel(),
                 int((batch.document_ids > 0).sum()),
-                len(batch.images),
+                len(batch.image_starts),
                 samples_digest(batch),
             ]
         )
@@ -164,5 +186,5 @@ def fill_of(batches: list[Batch], max_images_per_row: int) -> dict[str, float]:
     rows = sum(len(batch.document_ids) for batch in batches)
     return {
         "token_fill": sum(int((batch.document_ids > 0).sum()) for batch in batches) / positions,
-        "image_fill": sum(len(batch.images) for batch in batches) / (rows * max_images_per_row),
+        "image_fill": sum(len(batch.image_starts) for batch in batches) / (rows * max_images_per_row),
     }

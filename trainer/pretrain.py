@@ -104,6 +104,8 @@ def run_steps(
         image_size=config.model.vision.image_size,
         dp_rank=topology.dp_rank,
         dp_size=topology.dp_size,
+        tp_rank=topology.tp_rank,
+        tp_size=topology.tp_size,
         cursors=state.cursors,
         unreachable_log=Path(config.run_dir, "unreachable.jsonl") if topology.tp_rank == 0 else None,
     )

@@ -44,7 +44,7 @@ class TrainState:
         for batch in batches:
             self.cursors.update(batch.cursors)
             self.samples.update(key.source for row in batch.keys for key in row)
-            self.skips.update(batch.skips)
+            self.skips.update(batch.all_skips())
 
 
 def from_rank_0(topology: Topology, action: Callable[[], T]) -> T:
@@ -64,10 +64,11 @@ def from_rank_0(topology: Topology, action: Callable[[], T]) -> T:
 
 def sample_counts(state: TrainState, topology: Topology) -> dict[str, dict[str, int]]:
     """`samples` by source and `skips` by "source: reason" since the run began, over all ranks. Collective."""
-    counters: list[Any] = [(state.samples, state.skips)]
-    if topology.dp_size > 1:
-        counters = [None] * topology.dp_size
-        dist.all_gather_object(counters, (state.samples, state.skips), group=topology.dp_group)
+    own = (state.samples if topology.tp_rank == 0 else Counter(), state.skips)  # a group trains on the same samples
+    counters: list[Any] = [own]
+    if topology.world_size > 1:
+        counters = [None] * topology.world_size
+        dist.all_gather_object(counters, own)
     samples: Counter[str] = sum((of_rank for of_rank, _ in counters), Counter())
     skips: Counter[tuple[str, str]] = sum((of_rank for _, of_rank in counters), Counter())
     return {

@@ -54,7 +54,7 @@ def read_rows(opened: Opened, num_rows: int) -> tuple[list[ShownRow], Counter[tu
     rows, skips = [], Counter[tuple[str, str]]()
     for batch in tqdm(islice(loader, num_rows), desc="preview", unit=" rows", total=num_rows, disable=None):
         rows.append(show_row(batch, 0, settings.num_queries, opened.tokenizer))
-        skips.update(batch.skips)
+        skips.update(batch.all_skips())
     return rows, skips
 
 

@@ -177,7 +177,7 @@ def account_for_samples(config: DataConfig, indexes: dict[str, Index], tokenizer
                 assert not one_by_one(reader, config, tokenizer, reader.units.num_units, 0)[0]
                 return "no document"
             emitted.update(batch.keys[0])
-            skips.update({reason: count for (_, reason), count in batch.skips.items()})
+            skips.update({reason: count for (_, reason), count in batch.all_skips().items()})
             num_broken += int((~batch.document_ok).sum())
             ((q, offset),) = batch.cursors[0].sources
             if batch.cursors[0].row == 0 and q >= reader.units.num_units:

@@ -44,10 +44,12 @@ def batch() -> Batch:
         position_ids=torch.zeros(1, 12, dtype=torch.int64),
         images=torch.full((1, 3, 4, 4), 255, dtype=torch.uint8),
         image_starts=torch.tensor([[0, 2]]),
+        image_counts=[1],
         document_sources=torch.tensor([[0, 1]]),
         document_ok=torch.tensor([[True, False]]),
         keys=[[SampleKey("laion", 0, 0), SampleKey("webvid", 0, 0)]],
         cursors={},
+        failures={(0, 1): "broken"},
         skips={},
     )
 

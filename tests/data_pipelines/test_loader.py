@@ -23,7 +23,7 @@ from data_pipelines import loader
 from data_pipelines.config import DataConfig, SourceConfig
 from data_pipelines.document import Batch, Cursor
 from data_pipelines.index import Index, open_index
-from data_pipelines.lane import Lane
+from data_pipelines.lane import Lane, share_images
 from data_pipelines.loader import Loader, fingerprint, holdout_documents, index_path, open_indexes
 from data_pipelines.packing import collate
 from data_pipelines.tokenizer import Tokenizer
@@ -33,7 +33,13 @@ NUM_ROWS = 24
 Row = tuple[Any, ...]
 
 
-def make_loader(config: DataConfig, rank: int = 0, dp: int = 1, cursors: dict[int, Cursor] | None = None) -> Loader:
+def make_loader(
+    config: DataConfig,
+    rank: int = 0,
+    dp: int = 1,
+    cursors: dict[int, Cursor] | None = None,
+    tp: tuple[int, int] = (0, 1),
+) -> Loader:
     return Loader(
         config,
         open_indexes(config, build_missing=False),
@@ -42,6 +48,8 @@ def make_loader(config: DataConfig, rank: int = 0, dp: int = 1, cursors: dict[in
         image_size=IMAGE_SIZE,
         dp_rank=rank,
         dp_size=dp,
+        tp_rank=tp[0],
+        tp_size=tp[1],
         cursors=cursors,
     )
 
@@ -219,7 +227,7 @@ def test_workers_answer_no_signal_and_end_with_the_loader(small_config: DataConf
 RANK = """
 import itertools, pickle, sys, time
 from pathlib import Path
-from data_pipelines.lane import Lane
+from data_pipelines.lane import Lane, share_images
 from tests.data_pipelines.test_loader import make_loader
 
 good_rows, next_row = itertools.count(), Lane.next_row
@@ -354,8 +362,42 @@ def test_real_corpora_of_other_tools(real_data: Path, tmp_path: Path) -> None:
     skips: Counter[tuple[str, str]] = Counter()
     for batch in itertools.islice(make_loader(config), 24):
         seen.update(key.source for keys in batch.keys for key in keys)
-        skips.update(batch.skips)
+        skips.update(batch.all_skips())
         assert batch.images.dtype == torch.uint8
         assert len(batch.images) == len(batch.image_starts)
     assert set(seen) == set(sources)
     assert {source for source, _ in skips} >= {"webvid", "corrupt"}
+
+
+@pytest.mark.parametrize(("tp", "workers"), [(2, 0), (3, 0), (2, 2)])
+def test_tensor_parallel_ranks_decode_each_picture_once(small_config: DataConfig, tp: int, workers: int) -> None:
+    """The rows of one process, every rank with its share of the pictures; broken ones are known where they are held."""
+    config = dataclasses.replace(small_config, num_workers=workers)
+    alone, *ranks = (
+        itertools.islice(make_loader(config, tp=place), NUM_ROWS) for place in [(0, 1), *((k, tp) for k in range(tp))]
+    )
+    num_pictures: Counter[int] = Counter()
+    failures: Counter[tuple[int, int]] = Counter()
+    for whole, *parts in zip(alone, *ranks, strict=True):
+        starts, places = parts[0].image_starts, [tuple(place) for place in whole.image_starts.tolist()]
+        order = [places.index(tuple(place)) for place in starts.tolist()]
+        assert sorted(order) == list(range(len(places)))
+        assert torch.equal(torch.cat([part.images for part in parts]), whole.images[order])
+        assert all(part.image_counts == [len(other.images) for other in parts] for part in parts)
+        for part in parts:
+            assert torch.equal(part.input_ids, whole.input_ids) and torch.equal(part.image_starts, starts)
+            assert (part.keys, part.cursors, part.skips) == (whole.keys, whole.cursors, whole.skips)
+        for rank, part in enumerate(parts):
+            num_pictures[rank] += len(part.images)
+        first = {at: why for part in reversed(parts) for at, why in part.failures.items()}
+        assert first == whole.failures
+        assert torch.equal(torch.stack([part.document_ok for part in parts]).all(dim=0), whole.document_ok)
+        failures.update(first.keys())
+    assert failures.total() > 0
+    assert max(num_pictures.values()) <= 1.3 * min(num_pictures.values())
+
+
+def test_frames_of_a_video_stay_together() -> None:
+    assert share_images(0, 8, 2) == [4, 4]
+    assert [share_images(lane, 5, 2) for lane in (0, 1)] == [[3, 2], [2, 3]]
+    assert [share_images(lane, 2, 4) for lane in range(4)] == [[1, 1, 0, 0], [1, 0, 0, 1], [0, 0, 1, 1], [0, 1, 1, 0]]

@@ -151,9 +151,9 @@ def test_collate() -> None:
     cursors = [Cursor(0, i, ((0, 0),)) for i in range(3)]
     first = [document("b", [5, 6, 7], []), document("a", [8, 9], [1])]
     rows = [
-        PackedRow(3, cursors[0], first, images[:1], [True, False], {("a", "x"): 1}),
-        PackedRow(5, cursors[1], [document("b", [4, 3], [0])], images[1:], [True], {("a", "x"): 2, ("b", "y"): 1}),
-        PackedRow(3, cursors[2], [document("a", [2], [])], images[:0], [True]),
+        PackedRow(3, cursors[0], first, images[:1], [1], {1: "broken"}, {("a", "x"): 1}),
+        PackedRow(5, cursors[1], [document("b", [4, 3], [0])], images[1:], [1], {}, {("a", "x"): 2, ("b", "y"): 1}),
+        PackedRow(3, cursors[2], [document("a", [2], [])], images[:0], [0]),
     ]
     batch = collate(rows, seq_len=6, pad=99, source_names=["a", "b"])
     assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 99], [4, 3, 99, 99, 99, 99], [2, 99, 99, 99, 99, 99]]
@@ -166,6 +166,9 @@ def test_collate() -> None:
     assert batch.keys[0] == [SampleKey("b", 1, 5), SampleKey("a", 1, 8)]
     assert batch.cursors == {3: cursors[2], 5: cursors[1]}
     assert batch.skips == {("a", "x"): 3, ("b", "y"): 1}
+    assert batch.failures == {(0, 1): "broken"}
+    assert batch.all_skips() == {("a", "x"): 3, ("b", "y"): 1, ("a", "broken"): 1}
+    assert batch.image_counts == [2]
     assert [t.dtype for t in (batch.input_ids, batch.document_ids, batch.position_ids, batch.image_starts)] == [
         torch.int64,
         torch.int32,
@@ -176,6 +179,6 @@ def test_collate() -> None:
 
 def test_collate_without_any_image() -> None:
     text = TokenizedDocument(KEY, 0, np.array([1, 2], np.int32), [], None)
-    row = PackedRow(0, Cursor(0, 1, ()), [text], torch.zeros((0, 3, 2, 2), dtype=torch.uint8), [True])
+    row = PackedRow(0, Cursor(0, 1, ()), [text], torch.zeros((0, 3, 2, 2), dtype=torch.uint8), [0])
     batch = collate([row, row], seq_len=4, pad=9, source_names=["s"])
     assert batch.images.shape == (0, 3, 2, 2) and batch.image_starts.shape == (0, 2)

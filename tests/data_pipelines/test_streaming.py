@@ -194,7 +194,7 @@ def test_what_was_passed_over_stays_so_on_resume(small_config: DataConfig, folde
             assert rows(batches_of(config, cursors), 24 - stop) == failing[stop:]
         assert num_refilled > 0, "a window that had passed something over was filled again"
     told = [json.loads(line) for line in log.read_text().splitlines()]
-    skipped = sum(n for batch in batches for (_, reason), n in batch.skips.items() if reason == "unreachable")
+    skipped = sum(n for batch in batches for (_, reason), n in batch.all_skips().items() if reason == "unreachable")
     assert {line["shard"] for line in told} == {f"{server.url}/pairs-1.tar"}
     assert sum(line["num_samples"] for line in told) >= skipped > 0
     assert not any(key.source == "pictures" and key.shard == 1 for batch in batches[:12] for key in batch.keys[0])
@@ -214,7 +214,7 @@ def test_a_picture_that_became_unreachable_is_blank(small_config: DataConfig, fo
         assert batch.keys == whole[1].keys
         assert len(batch.images) == len(whole[1].images) > 0
         assert not batch.images.any()
-        assert any(reason == "unreachable" for _, reason in batch.skips)
+        assert any(reason == "unreachable" for _, reason in batch.all_skips())
 
 
 @pytest.mark.slow

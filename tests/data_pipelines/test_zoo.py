@@ -58,7 +58,7 @@ def test_good_samples_are_trained_on_and_bad_ones_counted(real_data: Path, name:
     for batch in make_loader(config):
         for key, ok in zip(batch.keys[0], batch.document_ok[0].tolist(), strict=False):
             (whole if ok else masked)[names[key]] += 1
-        skips.update({reason: count for (_, reason), count in batch.skips.items()})
+        skips.update({reason: count for (_, reason), count in batch.all_skips().items()})
         cursor = batch.cursors[0]
         if cursor.row == 0 and cursor.sources[0][0] >= 2 * reader.units.num_units:
             break

@@ -45,7 +45,7 @@ ROWS = [
 
 def targets_of(rows: list[list[Doc]], row_length: int = ROW_LENGTH) -> Targets:
     batch = lay_out(rows, row_length)
-    del batch["images"], batch["position_ids"]
+    del batch["images"], batch["image_counts"], batch["position_ids"]
     return find_targets(**batch, num_queries=NUM_QUERIES, text_vocab_size=TEXT_VOCAB)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,7 @@ def tiny_emu(regression_gradient: str = "full") -> Emu:
     return model
 
 
-def lay_out(rows: list[list[Doc]], row_length: int) -> dict[str, Tensor]:
+def lay_out(rows: list[list[Doc]], row_length: int) -> dict[str, Any]:
     """The model's inputs for rows of documents, one after another, padding at the end; pixels are random."""
     shape = (len(rows), row_length)
     input_ids, document_ids = torch.full(shape, PAD), torch.zeros(shape, dtype=torch.int32)
@@ -76,6 +77,7 @@ def lay_out(rows: list[list[Doc]], row_length: int) -> dict[str, Tensor]:
         "position_ids": position_ids,
         "images": torch.randint(256, (len(starts), 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8, generator=pixels),
         "image_starts": torch.tensor(starts, dtype=torch.int64).reshape(-1, 2),
+        "image_counts": [len(starts)],
         "document_sources": sources,
         "document_ok": document_ok,
     }

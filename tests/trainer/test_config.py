@@ -96,6 +96,9 @@ def test_the_vocabulary_is_the_tokenizers(corpora: Path, tokenizer_path: Path) -
         ("checkpoint.resume=maybe", "choose one of auto, never"),
         ("monitor.wandb=on", "choose one of offline, online, disabled"),
         ("parallel.zero_stage=4", "parallel.zero_stage=4 is not a ZeRO stage: choose 0, 1, 2 or 3"),
+        ("parallel.activation_checkpointing=some", "choose one of none, selective, full"),
+        ("parallel.offload_optimizer=nvme", "choose one of none, cpu"),
+        ("parallel.sequence=true", "parallel.sequence=true spreads positions over tensor-parallel ranks: set parallel"),
         ("parallel.tensor=3", "model.language_model.num_kv_heads=40 is not a multiple of parallel.tensor=3"),
         (
             "model.language_model.rope_scaling=yarn",

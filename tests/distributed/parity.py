@@ -45,6 +45,7 @@ class Layout:
     recompute: str = "none"
     offload: tuple[str, str] = ("none", "none")
     real: bool = False
+    precision: str = "fp32"
 
 
 @dataclass
@@ -162,6 +163,7 @@ def make_config(layout: Layout, real: PretrainConfig | None) -> PretrainConfig:
     """The job of a layout; real: the one whose model and data real rows are made for."""
     parallel = ParallelConfig(
         zero_stage=layout.stage,
+        precision=layout.precision,
         tensor=layout.tp,
         activation_checkpointing=layout.recompute,
         offload_optimizer=layout.offload[0],

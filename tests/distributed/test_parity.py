@@ -49,6 +49,11 @@ BY_HAND = {
     "dp 2, tp 2, ZeRO-2, from scratch": Layout(2, 2, 2, 2, "from scratch"),
     "dp 2, tp 2, ZeRO-3, from scratch, full": Layout(2, 2, 3, 1, "from scratch", recompute="full"),
 }
+BF16 = {
+    "dp 2, ZeRO-3, bf16": Layout(2, 1, 3, 2, precision="bf16", recompute="full"),
+    "dp 2, ZeRO-1, bf16": Layout(2, 1, 1, 1, precision="bf16"),
+    "tp 2, ZeRO-2, bf16": Layout(1, 2, 2, 2, "from scratch", precision="bf16", recompute="selective"),
+}
 WORLDS = ((1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (1, 4))
 MATRIX = {
     f"real rows, dp {dp}, tp {tp}, ZeRO-{stage}": Layout(dp, tp, stage, 1 + (dp < 4 and stage % 2), real=True)
@@ -91,14 +96,14 @@ def real_job(tmp_path_factory: pytest.TempPathFactory) -> PretrainConfig | None:
 def results(request: pytest.FixtureRequest, real_job: PretrainConfig | None) -> dict[str, list[Run]]:
     wanted = {item.callspec.params["name"] for item in request.session.items if hasattr(item, "callspec")
               and item.path == request.path and "name" in item.callspec.params}  # fmt: skip
-    layouts = {name: layout for name, layout in (BY_HAND | MATRIX).items() if name in wanted}
+    layouts = {name: layout for name, layout in (BY_HAND | BF16 | MATRIX).items() if name in wanted}
     return run_all(
         {n: layout for n, layout in layouts.items() if real_job or not layout.real}, real_job, run_distributed
     )
 
 
 def reference(results: dict[str, list[Run]], name: str) -> Run:
-    layout = (BY_HAND | MATRIX)[name]
+    layout = (BY_HAND | BF16 | MATRIX)[name]
     return results["real " * layout.real + layout.objective][0]
 
 
@@ -159,3 +164,15 @@ def test_weights(results: dict[str, list[Run]], name: str) -> None:
             moved = torch.norm(weight - expected.start[parameter])
             assert moved > 0, parameter
             assert torch.norm(run.weights[parameter] - weight) <= WEIGHT_TOLERANCE * moved, parameter
+
+
+@pytest.mark.parametrize("name", BF16)
+def test_mixed_precision(results: dict[str, list[Run]], name: str) -> None:
+    """bf16 has 8 bits: losses within 2 %, and the weights' steps, which are kept in fp32, in the same direction."""
+    expected = reference(results, name)
+    for run in results[name]:
+        torch.testing.assert_close(torch.tensor(run.losses), torch.tensor(expected.losses), rtol=2e-2, atol=2e-2)
+        assert run.counts == expected.counts
+        moves = [(run.weights[n].float() - w, expected.weights[n] - w) for n, w in expected.start.items()]
+        ours, theirs = (torch.cat([part.flatten() for part in parts]) for parts in zip(*moves, strict=True))
+        assert torch.cosine_similarity(ours, theirs, dim=0) > 0.9

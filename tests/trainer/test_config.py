@@ -99,6 +99,18 @@ def test_the_vocabulary_is_the_tokenizers(corpora: Path, tokenizer_path: Path) -
         ("parallel.activation_checkpointing=some", "choose one of none, selective, full"),
         ("parallel.offload_optimizer=nvme", "choose one of none, cpu"),
         ("parallel.sequence=true", "parallel.sequence=true spreads positions over tensor-parallel ranks: set parallel"),
+        (
+            "parallel.offload_parameters=cpu",
+            "needs parallel.zero_stage=3 or higher: set that, or offload_parameters=none",
+        ),
+        (
+            "parallel.offload_optimizer=cpu parallel=zero0",
+            "parallel.offload_optimizer=cpu needs parallel.zero_stage=1 or higher",
+        ),
+        (
+            "parallel.sequence=true parallel.tensor=2 data.seq_len=1001",
+            "data.seq_len=1001 is not a multiple of parallel.tensor=2, which parallel.sequence=true needs",
+        ),
         ("parallel.tensor=3", "model.language_model.num_kv_heads=40 is not a multiple of parallel.tensor=3"),
         (
             "model.language_model.rope_scaling=yarn",
@@ -121,7 +133,7 @@ def test_the_vocabulary_is_the_tokenizers(corpora: Path, tokenizer_path: Path) -
 )
 def test_impossible_values_are_refused(wrong: str, sentence: str) -> None:
     with pytest.raises(UserError) as refusal:
-        validate(compose_config([wrong]), dp_size=1)
+        validate(compose_config(wrong.split()), dp_size=1)
     assert sentence in str(refusal.value)
 
 

@@ -9,11 +9,21 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from conf import UserError
 from models.config import ObjectiveConfig
 from models.emu import Emu
+from tests.distributed.parity import Layout, make_config
 from tests.models.tiny_emu import NUM_SOURCES, tiny_config
 from trainer.config import OptimConfig, ParallelConfig
-from trainer.engine import parameter_groups, set_process_options
+from trainer.engine import (
+    build_engine,
+    build_model,
+    deepspeed_settings,
+    parameter_groups,
+    partial_parameters,
+    set_process_options,
+)
+from trainer.topology import Topology
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -89,3 +99,35 @@ def test_determinism_does_not_fill_buffers() -> None:
         assert not torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_zero_3_splits_every_module_as_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No rank ever holds the whole model, and the undecayed parameters are still told by their whole shapes."""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    config = make_config(Layout(1, 1, 3), None)
+    model = build_model(config, deepspeed_settings(config, accumulation_steps=1))
+    assert all(p.numel() == 0 and p.ds_tensor.numel() == p.ds_numel for p in model.parameters())
+    decays = [
+        {name: group["weight_decay"] for group in parameter_groups(m, config.optim) for name, p in m.named_parameters()
+         if any(p is other for other in group["params"])}
+        for m in (model, build())
+    ]  # fmt: skip
+    assert decays[0] == decays[1]
+
+
+def test_which_gradients_tensor_parallel_ranks_sum() -> None:
+    model = build()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {names[id(p)] for p in partial_parameters(model, ParallelConfig(tensor=2, sequence=True))}
+    encoders = {name for name in names.values() if name.startswith(("vision_encoder.", "causal_transformer."))}
+    norms = {name for name in names.values() if name.startswith("language_model.") and "norm" in name}
+    assert found == encoders | norms and len(norms) == 5
+    assert {names[id(p)] for p in partial_parameters(model, ParallelConfig(tensor=2))} == encoders
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it works there")
+def test_sequence_parallelism_without_cuda_is_refused() -> None:
+    config = make_config(Layout(1, 2, 2), None)
+    config.parallel.sequence = True
+    with pytest.raises(UserError, match=r"parallel\.sequence=true works on CUDA only: set it to false"):
+        build_engine(config, Topology())

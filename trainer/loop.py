@@ -100,11 +100,11 @@ def _norm_without_zero(engine: DeepSpeedEngine, topology: Topology) -> float | N
     """Gradient norm before clipping at ZeRO-0 in fp32, where DeepSpeed does not keep it; None where it does."""
     if engine.zero_optimization_stage() > 0 or engine.bfloat16_enabled():
         return None
-    gradients: tuple[list[Tensor], list[Tensor]] = ([], [])
+    whole, sharded = (torch.zeros((), dtype=torch.float64, device=engine.device) for _ in range(2))
     for parameter in engine.module.parameters():
         if parameter.grad is not None:
-            gradients[getattr(parameter, "tensor_model_parallel", False)].append(parameter.grad)
-    whole, sharded = (torch.nn.utils.get_total_norm(part).to(engine.device) ** 2 for part in gradients)
+            square = torch.linalg.vector_norm(parameter.grad, dtype=torch.float64) ** 2
+            (sharded if getattr(parameter, "tensor_model_parallel", False) else whole).add_(square)
     if topology.tp_size > 1:
         dist.all_reduce(sharded, group=topology.tp_group)
     return float((whole + sharded).sqrt())

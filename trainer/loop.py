@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
-from torch import Tensor
 
 from conf import UserError
 from data_pipelines.document import Batch

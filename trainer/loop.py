@@ -122,6 +122,7 @@ def agree_on_failures(batches: list[Batch], topology: Topology, device: torch.de
     """
     if topology.tp_size == 1:
         return
+    _check_same_rows(batches, topology, device)
     failed_at = torch.cat([torch.where(batch.document_ok, topology.tp_size, topology.tp_rank) for batch in batches], 1)
     failed_at = failed_at.to(device)
     dist.all_reduce(failed_at, dist.ReduceOp.MIN, group=topology.tp_group)
@@ -131,6 +132,19 @@ def agree_on_failures(batches: list[Batch], topology: Topology, device: torch.de
         batch.failures = {at: why for at, why in batch.failures.items() if first[at] == topology.tp_rank}
         if topology.tp_rank > 0:
             batch.skips = {}
+
+
+def _check_same_rows(batches: list[Batch], topology: Topology, device: torch.device) -> None:
+    """A store that answered one rank of a tensor-parallel group and not another may have given them other rows, and so
+    their layers would mix two texts."""
+    digest = sum(number * samples_digest(batch) for number, batch in enumerate(batches, start=1))
+    ends = torch.tensor([digest, -digest], device=device)
+    dist.all_reduce(ends, dist.ReduceOp.MIN, group=topology.tp_group)
+    if ends.tolist() != [digest, -digest]:
+        raise UserError(
+            "the ranks of a tensor-parallel group have read different rows, as happens when data.skip_unreachable "
+            "passes over a chunk on one of them only: go on from the last checkpoint with the same command"
+        )
 
 
 def _set_learning_rates(engine: DeepSpeedEngine, factor: float) -> None:

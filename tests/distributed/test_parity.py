@@ -52,7 +52,7 @@ BY_HAND = {
 BF16 = {
     "dp 2, ZeRO-3, bf16": Layout(2, 1, 3, 2, precision="bf16", recompute="full"),
     "dp 2, ZeRO-1, bf16": Layout(2, 1, 1, 1, precision="bf16"),
-    "tp 2, ZeRO-2, bf16": Layout(1, 2, 2, 2, "from scratch", precision="bf16", recompute="selective"),
+    "tp 2, ZeRO-2, bf16": Layout(1, 2, 2, 2, precision="bf16", recompute="selective"),
 }
 WORLDS = ((1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (1, 4))
 MATRIX = {

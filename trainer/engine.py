@@ -140,10 +140,15 @@ def deepspeed_settings(config: PretrainConfig, accumulation_steps: int) -> dict[
     }
 
 
+def check_device(parallel: ParallelConfig) -> None:
+    """UserError for what needs a CUDA device: megatron-core makes the buffers of sequence parallelism there."""
+    if parallel.sequence and not torch.cuda.is_available():
+        raise UserError("parallel.sequence=true works on CUDA only: set it to false")
+
+
 def build_engine(config: PretrainConfig, topology: Topology) -> DeepSpeedEngine:
     """Model, AdamW and DeepSpeed."""
-    if config.parallel.sequence and not torch.cuda.is_available():
-        raise UserError("parallel.sequence=true works on CUDA only: set it to false")
+    check_device(config.parallel)
     optim = config.optim
     accumulation_steps = config.data.global_batch_rows // topology.dp_size // config.data.micro_batch_rows
     settings = deepspeed_settings(config, accumulation_steps)
@@ -173,7 +178,7 @@ def partial_parameters(model: Emu, parallel: ParallelConfig) -> list[nn.Paramete
     """Replicated parameters that each tensor-parallel rank applies to a part of the micro-batch only.
 
     The other replicated ones (norms without sequence parallelism, the regression head) see the same on all ranks of the
-    group, and so get the same gradient.
+    group, and so get the same gradient, bit for bit: nothing else keeps them equal.
     """
     encoders = [*model.vision_encoder.parameters(), *model.causal_transformer.parameters()]
     return encoders + (model.language_model.norms() if parallel.sequence else [])

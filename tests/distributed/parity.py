@@ -46,6 +46,7 @@ class Layout:
     offload: tuple[str, str] = ("none", "none")
     real: bool = False
     precision: str = "fp32"
+    sequence: bool = False
 
 
 @dataclass
@@ -165,6 +166,7 @@ def make_config(layout: Layout, real: PretrainConfig | None) -> PretrainConfig:
         zero_stage=layout.stage,
         precision=layout.precision,
         tensor=layout.tp,
+        sequence=layout.sequence,
         activation_checkpointing=layout.recompute,
         offload_optimizer=layout.offload[0],
         offload_parameters=layout.offload[1],
@@ -273,6 +275,14 @@ def gathered(engine: Any, topology: Topology) -> dict[str, Tensor]:
         return whole(copy_of(engine.module), engine.module, topology)
 
 
+def pretend_that_the_cpu_is_the_cuda_device() -> None:
+    """Where megatron-core makes the buffers of sequence parallelism; it does not ask for more."""
+    from trainer import engine
+
+    engine.check_device = lambda parallel: None
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
+
+
 def run_layout(layout: Layout, topology: Topology, real: PretrainConfig | None) -> Run:
     from trainer.diagnostics import TargetVariance, loss_metrics
     from trainer.engine import build_engine, set_process_options
@@ -281,6 +291,8 @@ def run_layout(layout: Layout, topology: Topology, real: PretrainConfig | None) 
 
     config, run = make_config(layout, real), Run()
     set_process_options(config.parallel, config.seed)
+    if layout.sequence:
+        pretend_that_the_cpu_is_the_cuda_device()
     engine = build_engine(config, topology)
     run.start = gathered(engine, topology)
     record_first_gradients(engine, run.gradients)

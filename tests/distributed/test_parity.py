@@ -45,8 +45,10 @@ BY_HAND = {
     **{f"tp 2, ZeRO-{stage}": Layout(1, 2, stage, 2) for stage in range(4)},
     "tp 2, ZeRO-3, from scratch": Layout(1, 2, 3, 2, "from scratch"),
     "tp 2, ZeRO-2, full": Layout(1, 2, 2, 2, recompute="full"),
+    "tp 2, ZeRO-3, sequence": Layout(1, 2, 3, 2, sequence=True),
     **{f"dp 2, tp 2, ZeRO-{stage}": Layout(2, 2, stage) for stage in (0, 1, 3)},
     "dp 2, tp 2, ZeRO-2, from scratch": Layout(2, 2, 2, 2, "from scratch"),
+    "dp 2, tp 2, ZeRO-1, sequence, selective": Layout(2, 2, 1, 1, recompute="selective", sequence=True),
     "dp 2, tp 2, ZeRO-3, from scratch, full": Layout(2, 2, 3, 1, "from scratch", recompute="full"),
 }
 BF16 = {

@@ -76,7 +76,8 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Parallelism:
-    """How the layers are spread over the tensor-parallel group, and what is computed twice (see `recompute.MODES`)."""
+    """sequence: hidden states between the layers are spread over the tensor-parallel group. recompute: what is computed
+    again in the backward pass, none | selective | full (models/recompute.py)."""
 
     sequence: bool = False
     recompute: str = "none"

@@ -1,4 +1,9 @@
-"""Activation checkpointing: what a forward pass need not keep is made again in the backward pass."""
+"""Activation checkpointing: what a forward pass need not keep is computed again in the backward pass.
+
+selective: in the language model rotary embedding, attention and the gate of the feed-forward, which cost little time
+and much memory (Korthikanti et al. 2022); no matrix product with weights is done twice. full: every block of all three
+networks keeps its inputs alone.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +11,6 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from torch.utils.checkpoint import checkpoint
-
-MODES = ("none", "selective", "full")
-"""selective: in the language model rotary embedding, attention and the gate of the feed-forward, which cost little time
-and much memory (Korthikanti et al. 2022); no matrix product with weights is done twice. full: also every block of all
-three networks keeps its input alone."""
 
 T = TypeVar("T")
 

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from conf import UserError
 from data_pipelines import loader
+from data_pipelines.arena import MAX_LENT
 from data_pipelines.config import DataConfig, SourceConfig
 from data_pipelines.document import Batch, Cursor
 from data_pipelines.index import Index, open_index
@@ -208,6 +209,18 @@ def test_workers_do_not_overwrite_what_is_being_collated(
     monkeypatch.setattr(loader, "collate", collate_late)
     batches = iter(make_loader(dataclasses.replace(config, num_workers=2)))
     assert all(next(batches).images.equal(images) for images in expected)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_batches_that_are_held_keep_their_pictures(
+    small_config: DataConfig, reference: list[Row], workers: int
+) -> None:
+    """Of every worker more than it lends: the first are used where they lie, the others are copies."""
+    config = dataclasses.replace(small_config, num_workers=workers, prefetch_rows=2)
+    held = list(itertools.islice(make_loader(config), NUM_ROWS))
+    assert 2 * workers * MAX_LENT < NUM_ROWS
+    assert [row for batch in held for row in rows_of(batch)] == reference
 
 
 def test_workers_answer_no_signal_and_end_with_the_loader(small_config: DataConfig, reference: list[Row]) -> None:

@@ -134,8 +134,7 @@ def load_checkpoint(path: Path, engine: DeepSpeedEngine, topology: Topology, wit
     reader = FragmentReader(path)
     _check_same_model(path, reader.shapes(), global_shapes(engine, topology))
     slices = list(owned_slices(engine, topology))
-    for owned in tqdm(slices, desc=f"loading {path.name}", unit="slice", delay=5, disable=topology.rank != 0):
-        owned.weight.copy_(reader.read(owned.fragment, WEIGHT))
+    _load_weights(reader, slices, topology)
     _load_moments(reader, engine, slices, with_optimizer)
     publish_weights(engine)
     return saved
@@ -152,10 +151,13 @@ def load_imported(path: Path, engine: DeepSpeedEngine, topology: Topology) -> No
     imported = tuple(description["prefixes"])
     own = {n: s for n, s in wanted.items() if n.startswith(imported) and n not in description["fresh"]}
     _check_same_model(path, reader.shapes(), own)
-    slices = [owned for owned in owned_slices(engine, topology) if owned.fragment.name in own]
-    for owned in tqdm(slices, desc=f"loading {path.name}", unit="slice", delay=5, disable=topology.rank != 0):
-        owned.weight.copy_(reader.read(owned.fragment, WEIGHT))
+    _load_weights(reader, [o for o in owned_slices(engine, topology) if o.fragment.name in own], topology)
     publish_weights(engine)
+
+
+def _load_weights(reader: FragmentReader, slices: list[OwnedSlice], topology: Topology) -> None:
+    for owned in tqdm(slices, desc=f"loading {reader.folder.name}", unit="slice", delay=5, disable=topology.rank != 0):
+        owned.weight.copy_(reader.read(owned.fragment, WEIGHT))
 
 
 def _load_moments(

@@ -180,7 +180,7 @@ def run_checks(run_dir: Path, num_procs: int, overrides: list[str]) -> list[Chec
 
 
 def check_validity(config: PretrainConfig, num_procs: int) -> Check:
-    dp_size = data_parallel_size(config, num_procs)
+    dp_size = data_parallel_size(config.parallel.tensor, num_procs)
     validate(config, dp_size)
     return Check("configuration", "ok", f"valid for {dp_size} data-parallel ranks")
 

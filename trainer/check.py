@@ -14,7 +14,7 @@ def check(arguments: list[str]) -> None:
     """UserError for what `python -m trainer.pretrain` could not run on WORLD_SIZE ranks (if unset, on the fewest)."""
     config = compose_config([argument for argument in arguments if not argument.startswith("-")])
     num_procs = int(os.environ.get("WORLD_SIZE", "0")) or config.parallel.tensor
-    validate(config, data_parallel_size(config, num_procs))
+    validate(config, data_parallel_size(config.parallel.tensor, num_procs))
     for name, source in config.data.sources.items():
         make_source(name, source, config.data)
     fill_vocabulary(config)

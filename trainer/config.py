@@ -224,9 +224,8 @@ def validate_parallel(config: PretrainConfig) -> None:
         )
 
 
-def data_parallel_size(config: PretrainConfig, num_procs: int) -> int:
+def data_parallel_size(tensor: int, num_procs: int) -> int:
     """How many groups of `parallel.tensor` processes there are."""
-    tensor = config.parallel.tensor
     if tensor < 1 or num_procs % tensor:
         raise UserError(f"{num_procs} processes are no multiple of parallel.tensor={tensor}: change one of them")
     return num_procs // tensor

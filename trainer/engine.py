@@ -16,12 +16,11 @@ from deepspeed import DeepSpeedEngine
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
-from conf import UserError
 from models.emu import Emu, gradient_keeping_graph
 from models.language_model import Parallelism
 from models.tensor_parallel import sum_gradients
 from models.weights.eva_clip import load_vision_encoder
-from trainer.config import OptimConfig, ParallelConfig, PretrainConfig
+from trainer.config import OptimConfig, ParallelConfig, PretrainConfig, data_parallel_size
 from trainer.topology import MegatronGroups, Topology
 
 MAX_BUCKET = 500_000_000
@@ -49,17 +48,14 @@ def init_distributed(parallel: ParallelConfig) -> Topology:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     with contextlib.redirect_stdout(io.StringIO()):  # it prints which extension it has built
         deepspeed.init_distributed(backend, timeout=timedelta(minutes=parallel.timeout_minutes), verbose=False)
-    if torch.distributed.get_world_size() % parallel.tensor:
-        raise UserError(
-            f"{torch.distributed.get_world_size()} processes are no multiple of parallel.tensor={parallel.tensor}: "
-            "change one of them"
-        )
+    world_size = torch.distributed.get_world_size()
+    dp_size = data_parallel_size(parallel.tensor, world_size)
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=parallel.tensor)
     return Topology(
         rank=torch.distributed.get_rank(),
-        world_size=torch.distributed.get_world_size(),
+        world_size=world_size,
         dp_rank=parallel_state.get_data_parallel_rank(),
-        dp_size=parallel_state.get_data_parallel_world_size(),
+        dp_size=dp_size,
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         tp_size=parallel_state.get_tensor_model_parallel_world_size(),
         dp_group=parallel_state.get_data_parallel_group(),

@@ -21,10 +21,23 @@ from models.language_model import Parallelism
 from models.tensor_parallel import sum_gradients
 from models.weights.eva_clip import load_vision_encoder
 from trainer.config import OptimConfig, ParallelConfig, PretrainConfig, data_parallel_size
-from trainer.topology import MegatronGroups, Topology
+from trainer.topology import Topology
 
 MAX_BUCKET = 500_000_000
 UNDECAYED = ("queries", "pos_embed", "cls_token", "relative_attention_bias")
+
+
+class MegatronGroups:
+    """megatron-core's process groups under the names by which DeepSpeed asks for them (`mpu`).
+
+    What has "sequence" in its name is not there: DeepSpeed would stop to sum the gradient norm over the
+    tensor-parallel group.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if "sequence" in name:
+            raise AttributeError(name)
+        return getattr(parallel_state, name.replace("get_model_parallel", "get_tensor_model_parallel"))
 
 
 def set_process_options(parallel: ParallelConfig, seed: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch.distributed import ProcessGroup
 
@@ -20,18 +19,3 @@ class Topology:
     tp_size: int = 1
     dp_group: ProcessGroup | None = None
     tp_group: ProcessGroup | None = None
-
-
-class MegatronGroups:
-    """megatron-core's process groups under the names by which DeepSpeed asks for them (`mpu`).
-
-    What has "sequence" in its name is not there: DeepSpeed would stop to sum the gradient norm over the
-    tensor-parallel group.
-    """
-
-    def __getattr__(self, name: str) -> Any:
-        from megatron.core import parallel_state
-
-        if "sequence" in name:
-            raise AttributeError(name)
-        return getattr(parallel_state, name.replace("get_model_parallel", "get_tensor_model_parallel"))

@@ -154,11 +154,7 @@ def build_engine(layout: Layout) -> tuple[Any, Topology]:
     import deepspeed
     from megatron.core import parallel_state
 
-    class Mpu:
-        def __getattr__(self, name: str) -> Any:
-            if "sequence" in name:
-                raise AttributeError(name)
-            return getattr(parallel_state, name.replace("get_model_parallel", "get_tensor_model_parallel"))
+    from trainer.engine import MegatronGroups
 
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=layout.tp)
@@ -170,7 +166,7 @@ def build_engine(layout: Layout) -> tuple[Any, Topology]:
         model = build_model()
     groups = parameter_groups(model)
     optimizer = {"optimizer": torch.optim.AdamW(groups)} if layout.client_optimizer else {"model_parameters": groups}
-    engine, *_ = deepspeed.initialize(model=model, config=config, mpu=Mpu(), **optimizer)
+    engine, *_ = deepspeed.initialize(model=model, config=config, mpu=MegatronGroups(), **optimizer)
     dp_rank, tp_rank = dist.get_rank(dp_group), parallel_state.get_tensor_model_parallel_rank()
     return engine, Topology(dist.get_rank(), layout.world_size, dp_rank, layout.dp, tp_rank, layout.tp, dp_group)
 

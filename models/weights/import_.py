@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from conf import UserError, run_cli
 from models.weights.description import DESCRIPTION, FORMAT
+from models.weights.eva_clip import open_tower
 from models.weights.fragment_files import WEIGHT, fragment_key, write_json
 from models.weights.fragments import whole
 from models.weights.layouts import Part, Tensors, causal_transformer_part, language_model_part, vision_part
@@ -29,10 +30,6 @@ from models.weights.tensor_files import StoredTensor, TensorToWrite, open_tensor
 NUM_SPECIAL_TOKENS, NUM_INSTRUCT_TOKENS = 4, 6
 """[PAD], [IMG], [/IMG], <image>; the released instruct model adds [USER] and [ASSISTANT]."""
 IGNORED_LLAMA = re.compile(r".*rotary_emb\.inv_freq$")
-IGNORED_TOWER = re.compile(r"(norm|head)\.")
-OTHER_TOWER = re.compile(
-    r"(text\.|transformer\.|token_embedding\.|ln_final\.)|(positional_embedding|text_projection|logit_scale)$"
-)
 IGNORED_EMU = re.compile(r"visual\.(norm|head)\.|cformer\.cformer\.embed_tokens\.|.*rotary_emb\.inv_freq$")
 LORA = re.compile(r"(.*)\.lora_([AB])\.default\.weight$")
 LORA_SCALE = 1.0
@@ -55,16 +52,10 @@ class Imported:
 
 def import_vision(path: Path) -> Imported:
     """The tower of an EVA-CLIP file; its text tower, final norm and head have no place in Emu."""
-    tensors = open_tensors(path)
-    prefix = "visual." if any(name.startswith("visual.") for name in tensors) else ""
-    imported, rest = Imported(fresh=["vision_encoder.ln_visual.weight", "vision_encoder.ln_visual.bias"]), dict(tensors)
+    rest, prefix = open_tower(path)
+    imported = Imported(fresh=["vision_encoder.ln_visual.weight", "vision_encoder.ln_visual.bias"])
     _take_part(imported, rest, vision_part(prefix, with_ln_visual=False))
-    unknown = [
-        name
-        for name in rest
-        if not IGNORED_TOWER.match(name.removeprefix(prefix)) and not (prefix and OTHER_TOWER.match(name))
-    ]
-    _refuse(path, imported, unknown)
+    _refuse(path, imported, list(rest))
     return imported
 
 

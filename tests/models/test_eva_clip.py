@@ -89,24 +89,29 @@ def test_half_precision_file_becomes_fp32(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("missing", "extra", "named"),
     [
-        ("visual.blocks.1.mlp.fc2.bias", None, ["missing ['blocks.1.mlp.fc2.bias']", "unknown []"]),
+        ("visual.blocks.1.mlp.fc2.bias", None, ["missing ['visual.blocks.1.mlp.fc2.bias']", "unknown []"]),
         (
             "visual.blocks.0.attn.q_bias",
             ("visual.blocks.0.attn.query_bias", torch.zeros(16)),
-            ["missing ['blocks.0.attn.q_bias']", "unknown ['blocks.0.attn.query_bias']"],
+            ["missing ['visual.blocks.0.attn.q_bias']", "unknown ['visual.blocks.0.attn.query_bias']"],
         ),
         (
             None,
             ("visual.blocks.2.norm1.weight", torch.zeros(16)),
-            ["missing []", "unknown ['blocks.2.norm1.weight']"],
+            ["missing []", "unknown ['visual.blocks.2.norm1.weight']"],
+        ),
+        (
+            "visual.pos_embed",
+            ("pos_embed", torch.zeros(1, 5, 16)),
+            ["missing ['visual.pos_embed']", "unknown ['pos_embed']"],
         ),
         (
             "visual.pos_embed",
             ("visual.pos_embed", torch.zeros(1, 17, 16)),
-            ["missing []", "pos_embed (1, 17, 16) for (1, 5, 16)"],
+            ["missing []", "visual.pos_embed (1, 17, 16) for (1, 5, 16)"],
         ),
     ],
-    ids=["missing", "misspelt", "deeper tower", "other shape"],
+    ids=["missing", "misspelt", "deeper tower", "without prefix", "other shape"],
 )
 def test_unfitting_keys_are_named_and_nothing_is_loaded(
     missing: str | None, extra: tuple[str, Tensor] | None, named: list[str], tmp_path: Path

@@ -82,7 +82,7 @@ def _read_with_decord(video: bytes, frames: Sequence[Frame], promised: int, imag
         return [pixels[number] for number in numbers]
     except DecodeError:
         raise
-    except Exception:
+    except Exception:  # as in _read_header; PyAV has the last word
         return None
     finally:
         del reader  # a traceback would keep it, and a fork that collects it waits for its threads for ever

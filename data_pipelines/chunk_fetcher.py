@@ -24,10 +24,12 @@ REMEDY = (
 class ChunkFetcher:
     """Chunks by byte range, shared by the sources of a process. Threads belong to the process that uses it first.
 
-    What is fetched ahead (`expect`) is held until it is asked for, at most `data.prefetch_mb`.
+    What is fetched ahead (`expect`) is held until it is asked for, at most `data.prefetch_mb`. remedy: what is advised
+    where a store does not answer.
     """
 
-    def __init__(self, config: DataConfig) -> None:
+    def __init__(self, config: DataConfig, remedy: str = REMEDY) -> None:
+        self._remedy = remedy
         self._retry_minutes = config.retry_minutes
         self._timeout_s = config.request_timeout_s
         self._max_ahead = int(config.prefetch_mb * 2**20)
@@ -62,7 +64,7 @@ class ChunkFetcher:
         url = index.url(chunk.shard)
 
         def fetch() -> bytes:
-            fetched = fetch_range(url, chunk.offset, chunk.nbytes, retry_minutes, self._timeout_s, REMEDY)
+            fetched = fetch_range(url, chunk.offset, chunk.nbytes, retry_minutes, self._timeout_s, self._remedy)
             index.check_stat(chunk.shard, fetched.stat)
             if len(fetched.data) != chunk.nbytes:
                 index.raise_unlike(chunk)

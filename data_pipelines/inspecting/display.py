@@ -72,6 +72,9 @@ def show_info(sources: Mapping[str, SourceInfo], mixture: MixtureInfo, console: 
         totals.add_row(name, info.kind, f"{info.num_shards:,}", f"{info.num_samples:,}", f"{info.nbytes / 2**30:.2f}",
                        f"{share:.1%}", f"{info.num_cut / max(1, info.num_documents):.1%}", *means)  # fmt: skip
     console.print(totals)
+    for name, info in sources.items():
+        if info.num_unreachable:
+            console.print(f"[yellow]not looked at[/yellow] {name}: {info.num_unreachable:,} unreachable samples")
     for of in TITLES:
         console.print("", histogram_table(of, {name: info.histograms[of] for name, info in sources.items()}))
     console.print("", mixture_table(mixture))

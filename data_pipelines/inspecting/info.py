@@ -19,6 +19,7 @@ from data_pipelines.inspecting.settings import Opened, spread
 from data_pipelines.lane import LaneSettings, Window, fill_window, first_cursor
 from data_pipelines.packing import fill, tokenize_documents
 from data_pipelines.reader import SourceReader
+from data_pipelines.retries import UnreachableError
 
 BOUNDS: dict[str, Sequence[float]] = {
     "tokens": (0, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192),
@@ -51,7 +52,10 @@ class Histogram:
 
 @dataclass
 class SourceInfo:
-    """Totals by the index; histograms over the num_looked_at samples that were read; num_cut: documents cut short."""
+    """Totals by the index; histograms over the num_looked_at samples that were read; num_cut: documents cut short.
+
+    num_unreachable: samples not looked at, because of data.skip_unreachable.
+    """
 
     kind: str
     num_shards: int
@@ -61,6 +65,7 @@ class SourceInfo:
     num_looked_at: int = 0
     num_documents: int = 0
     num_cut: int = 0
+    num_unreachable: int = 0
     histograms: dict[str, Histogram] = field(default_factory=lambda: {name: Histogram(b) for name, b in BOUNDS.items()})
 
 
@@ -103,7 +108,14 @@ def shard_bytes(index: Index) -> int:
 
 def read_chunk(reader: SourceReader, chunk: int, opened: Opened, info: SourceInfo) -> Iterator[TokenizedDocument]:
     settings, documents = opened.settings, []
-    for key, sample in reader.samples(chunk):
+    try:
+        samples = reader.samples(chunk)
+    except UnreachableError:
+        if not reader.skip_unreachable:
+            raise
+        info.num_unreachable += reader.index.chunk(chunk).num_samples
+        return
+    for key, sample in samples:
         info.num_looked_at += 1
         document = reader.document(key, 0, sample)
         if isinstance(document, Document):

@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from conf import UserError
+from data_pipelines.chunk_fetcher import ChunkFetcher
 from data_pipelines.config import DataConfig
 from data_pipelines.document import Document, Skip, Text
 from data_pipelines.headers import DecodeError
@@ -33,6 +34,7 @@ CHUNKS_AHEAD = 4
 """Chunks handed to each worker before its first result is taken."""
 RETRY_MINUTES = 0.5
 """A store that does not answer is a finding, not a reason to wait."""
+REMEDY = "lint again when its store answers (a run tries for data.retry_minutes)"
 DECODED_SIZE = 16
 """Pixels: a picture is decoded to see whether it can be."""
 DUPLICATE = "the same key again in this source"
@@ -141,14 +143,15 @@ def lint_source(name: str, config: DataConfig, max_samples: int | None, max_deco
     chunks = choose_chunks(index, max_samples)
     num_samples = sum(index.chunk(chunk).num_samples for chunk in chunks)
     decode_every = 1 if max_decoded is None else num_samples // max_decoded or 1 if max_decoded else 0
-    look = Look(SourceReader(name, config, index), decode_every, int(config.max_image_megapixels * 1e6))
+    reader = SourceReader(name, config, index, ChunkFetcher(config, REMEDY))
+    look = Look(reader, decode_every, int(config.max_image_megapixels * 1e6))
     hashes: list[np.ndarray] = []
     with tqdm(total=num_samples, desc=f"lint {name}", unit=" samples", disable=None) as bar:
         for part, name_hashes in look_at_all(look, chunks, config.num_workers):
             findings.add(part)
             hashes.append(np.array(name_hashes, np.uint64))
             bar.update(part.num_samples)
-    note_duplicates(findings, hashes, chunks, look.reader)
+    note_duplicates(findings, hashes, chunks, reader)
     if findings.num_samples and not findings.num_documents:
         findings.broken.append(f"no sample of the source {name!r} gives a document: check its kind and options")
     return findings

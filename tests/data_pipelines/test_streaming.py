@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import itertools
 import json
 import shutil
@@ -11,11 +12,17 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from rich.console import Console
 
 from conf import UserError
 from data_pipelines import retries
 from data_pipelines.config import DataConfig
 from data_pipelines.document import Batch, Cursor
+from data_pipelines.inspecting import lint
+from data_pipelines.inspecting.display import show_info
+from data_pipelines.inspecting.info import MixtureInfo, source_info
+from data_pipelines.inspecting.lint import lint_source
+from data_pipelines.inspecting.settings import Settings, open_all
 from data_pipelines.loader import Loader, open_indexes
 from data_pipelines.retries import UnreachableError
 from data_pipelines.tokenizer import Tokenizer
@@ -215,6 +222,33 @@ def test_a_picture_that_became_unreachable_is_blank(small_config: DataConfig, fo
         assert len(batch.images) == len(whole[1].images) > 0
         assert not batch.images.any()
         assert any(reason == "unreachable" for _, reason in batch.all_skips())
+
+
+def test_lint_advises_what_it_does_itself(small_config: DataConfig, folder: Path) -> None:
+    with serving(folder) as server:
+        config = streamed(small_config, server.url, folder, retry_minutes=0.0)
+        open_indexes(config, build_missing=True)
+        server.down.add("pairs-1.tar")
+        found = lint_source("pictures", config, None, None)
+    assert found.num_samples == 30
+    assert len(found.broken) == 1 and found.broken[0].endswith(f"503 Service Unavailable): {lint.REMEDY}")
+
+
+def test_info_passes_over_what_a_run_would(small_config: DataConfig, folder: Path) -> None:
+    with serving(folder) as server:
+        config = streamed(small_config, server.url, folder, retry_minutes=0.0)
+        opened = open_all(Settings(config, NUM_QUERIES, IMAGE_SIZE))
+        server.down.add("pairs-1.tar")
+        pictures = opened.readers()[0]
+        with pytest.raises(UnreachableError, match=r"pairs-1\.tar .* pass over such chunks"):
+            source_info(pictures, opened, 1000)
+        skipping = dataclasses.replace(opened.settings, data=dataclasses.replace(config, skip_unreachable=True))
+        opened = dataclasses.replace(opened, settings=skipping)
+        info = source_info(opened.readers()[0], opened, 1000)
+    assert (info.num_samples, info.num_looked_at, info.num_unreachable) == (43, 30, 13)
+    console = Console(width=120, file=io.StringIO())
+    show_info({"pictures": info}, MixtureInfo("documents"), console)
+    assert "not looked at pictures: 13 unreachable samples" in console.file.getvalue()
 
 
 @pytest.mark.slow

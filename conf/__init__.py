@@ -13,7 +13,8 @@ class UserError(Exception):
 
 
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
-    """Run a command's ``main`` and exit: its own code, or 2 with one sentence on a `UserError`.
+    """Run a command's ``main`` and exit: its own code, or 2 with one sentence on a `UserError`, or on an error of the
+    system such as a full disk.
 
     EMU_TRACEBACK=1 shows where the error was raised.
     """
@@ -23,6 +24,13 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
         if os.environ.get("EMU_TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except OSError as error:
+        if os.environ.get("EMU_TRACEBACK") or not error.strerror:  # libraries derive errors of other kinds from it
+            raise
+        files = " -> ".join(str(file) for file in (error.filename, error.filename2) if file is not None)
+        where = f"{files}: " if files else ""
+        print(f"error: {where}{error.strerror}: mend that and run the command again", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("stopped by the keyboard", file=sys.stderr)

@@ -16,18 +16,19 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from string import Template
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from conf import UserError, run_cli
 from data_pipelines.tokenizer import Tokenizer
 from models.weights.fragment_files import write_json
+from models.weights.tensor_files import TensorToWrite, write_safetensors
 from trainer.checkpoint import SavedState, find_damage, find_latest, read_state, read_weights
 from trainer.run_folder import TOKENIZER
 
@@ -67,15 +68,15 @@ def export(config: ExportConfig) -> Path:
     tokenizer = open_tokenizer(tokenizer_path, saved)
     out = Path(config.out) if config.out else checkpoint.parents[1] / "export"
     check_replaceable(out)
-    partial = out.with_name(out.name + ".partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    num_parameters = write_weights(partial, checkpoint, DTYPES[config.dtype], config.shard_mb << 20)
-    write_json(partial / "config.json", package_config(saved, tokenizer, DTYPES[config.dtype]))
-    shutil.copyfile(tokenizer_path, partial / "tokenizer.model")
-    write_package(partial, saved, num_parameters, config.dtype)
-    replace_folder(partial, out)
+    partial_out = out.with_name(out.name + ".partial")
+    if partial_out.exists():
+        shutil.rmtree(partial_out)
+    partial_out.mkdir(parents=True)
+    num_parameters = write_weights(partial_out, checkpoint, DTYPES[config.dtype], config.shard_mb << 20)
+    write_json(partial_out / "config.json", package_config(saved, tokenizer, DTYPES[config.dtype]))
+    shutil.copyfile(tokenizer_path, partial_out / "tokenizer.model")
+    write_package(partial_out, saved, num_parameters, config.dtype)
+    replace_folder(partial_out, out)
     print(
         f"exported step {saved.step} of {checkpoint} ({num_parameters:,} parameters, {config.dtype}) to {out}; "
         f"next: cd {out} && python -m {PACKAGE} caption IMAGE"
@@ -128,9 +129,9 @@ def write_weights(folder: Path, checkpoint: Path, dtype: torch.dtype, shard_byte
     for shard in in_shards(converted, shard_bytes):
         shards.append(list(shard))
         num_parameters += sum(weight.numel() for weight in shard.values())
-        path = folder / f"shard-{len(shards)}"
-        save_file(shard, path, metadata={"format": "pt"})
-        path.chmod(0o644)  # safetensors lets only the owner read
+        writes = [TensorToWrite(name, weight.shape, dtype, partial(list, [weight])) for name, weight in shard.items()]
+        for _ in write_safetensors(folder / f"shard-{len(shards)}", writes, {"format": "pt"}):
+            pass
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"

@@ -25,7 +25,7 @@ from models.weights.description import DESCRIPTION, read_description
 from models.weights.fragment_files import WEIGHT, FragmentReader, write_json
 from models.weights.fragments import whole
 from models.weights.layouts import Part, Shape, causal_transformer_part, language_model_part, vision_part
-from models.weights.tensor_files import TensorToWrite, write_safetensors
+from models.weights.tensor_files import TensorToWrite, open_to_write, write_safetensors
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EMU_PARTS = (
@@ -127,7 +127,8 @@ def export_emu(folder: Path, out: Path, dtype: torch.dtype, with_inv_freq: bool)
     with safe_open(mapped, framework="pt") as file:  # mapped into memory, not read into it, while torch writes it out
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
         state |= {name: make().to(dtype) for name, make in unused.items()}
-        torch.save(state, out / "pytorch_model.bin")
+        with open_to_write(out / "pytorch_model.bin") as whole_file:
+            torch.save(state, whole_file)
     mapped.unlink()
     return out / "pytorch_model.bin"
 

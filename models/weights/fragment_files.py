@@ -22,6 +22,7 @@ from torch import Tensor
 
 from conf import UserError
 from models.weights.fragments import Fragment, copy_overlap, overlaps, whole
+from models.weights.tensor_files import open_to_write
 
 WEIGHT = "weight"
 
@@ -40,8 +41,8 @@ class FragmentValues:
 
 def write_json(path: Path, content: Any) -> None:
     """Write and flush to the disk."""
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
+    with open_to_write(path) as file:
+        file.write(json.dumps(content, indent=1).encode())
         file.flush()
         os.fsync(file.fileno())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -111,6 +112,19 @@ class TensorToWrite:
     pieces: Callable[[], Iterable[Tensor]]
 
 
+@contextmanager
+def open_to_write(file: Path) -> Iterator[BinaryIO]:
+    """A file whose OSErrors name it, which those of a full disk do not, nor what torch.save makes of them."""
+    try:
+        with file.open("wb") as out:
+            yield out
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError) or cause.filename is not None:
+            raise
+        raise OSError(cause.errno, cause.strerror, str(file)) from error
+
+
 def write_safetensors(file: Path, tensors: Sequence[TensorToWrite], metadata: dict[str, str]) -> Iterator[str]:
     """Write a .safetensors file, tensor after tensor; yields the name of each that is written.
 
@@ -123,7 +137,7 @@ def write_safetensors(file: Path, tensors: Sequence[TensorToWrite], metadata: di
         header[tensor.name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with file.open("wb") as out:
+    with open_to_write(file) as out:
         out.write(len(encoded).to_bytes(8, "little") + encoded)
         for tensor in tensors:
             _write_pieces(out, tensor)

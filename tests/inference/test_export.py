@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conf import UserError
+from conf import UserError, run_cli
 from models.config import ModelConfig, VisionConfig
 from models.emu import Emu
+from tests.conftest import full_disk
 from tests.inference.conftest import STEP, save_run
 from trainer import export as export_job
 from trainer.export import ExportConfig, export, parse, write_weights
@@ -132,6 +133,17 @@ def test_an_export_that_fails_leaves_the_earlier_one(
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
     assert export(config) == tmp_path / "out", "what the failed one left is in nobody's way"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
+
+
+def test_a_full_disk_is_one_sentence(
+    run_copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["export", f"run_dir={run_copy}"])
+    with full_disk(10_000), pytest.raises(SystemExit) as exit_:
+        run_cli(export_job.main)
+    assert exit_.value.code == 2
+    sentence = f"error: {run_copy}/export.partial/shard-1: File too large: mend that and run the command again\n"
+    assert capsys.readouterr() == ("", sentence)
 
 
 def test_another_tokenizer_is_refused(run_dir: Path, tokenizer_path: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,13 +15,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaForCausalLM, MistralForCausalLM
 
-from conf import UserError
+from conf import UserError, run_cli
 from models.config import LanguageModelConfig
 from models.language_model import LanguageModel
 from models.text_head import LanguageModelHead
 from models.weights import export_, import_
 from models.weights.fragment_files import read_weights
 from models.weights.tensor_files import open_tensors
+from tests.conftest import full_disk
 from tests.models import foreign_files
 from tests.models.foreign_files import VOCABULARY, WIDTH
 
@@ -322,16 +324,20 @@ def assert_same_weights(first: Path, second: Path) -> None:
     assert all(torch.equal(value, expected[name]) for name, value in given.items())
 
 
+def import_with_heads(monkeypatch: pytest.MonkeyPatch, folder: Path) -> dict[str, Tensor]:
+    """A released Emu, imported to folder/start and described as completely as a run's checkpoint is."""
+    state = foreign_files.emu()
+    torch.save(state, folder / "emu.bin")
+    description = run_import(monkeypatch, folder / "start", "--emu", str(folder / "emu.bin"))
+    description["model"]["language_model"] |= {"num_heads": 4, "num_kv_heads": 4}  # which no shape tells
+    (folder / "start" / "weights.json").write_text(json.dumps(description))
+    return state
+
+
 @pytest.mark.parametrize("inv_freq", [True, False])
 def test_emu_out_and_in_again_keeps_every_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inv_freq: bool) -> None:
     """The file has exactly the keys and shapes of the released one, and imports as what it was."""
-    state = foreign_files.emu()
-    torch.save(state, tmp_path / "emu.bin")
-    run_import(monkeypatch, tmp_path / "start", "--emu", str(tmp_path / "emu.bin"))
-    complete = tmp_path / "start" / "weights.json"
-    description = json.loads(complete.read_text())
-    description["model"]["language_model"] |= {"num_heads": 4, "num_kv_heads": 4}  # which no shape tells
-    complete.write_text(json.dumps(description))
+    state = import_with_heads(monkeypatch, tmp_path)
     run_export(monkeypatch, tmp_path / "start", tmp_path / "out", "emu", *([] if inv_freq else ["--no-inv-freq"]))
     written = torch.load(tmp_path / "out" / "pytorch_model.bin", weights_only=True)
     released = {name: value.shape for name, value in state.items() if inv_freq or "inv_freq" not in name}
@@ -354,6 +360,39 @@ def test_llama_out_is_read_by_transformers_and_in_again(tmp_path: Path, monkeypa
     given, expected = dict(read_weights(tmp_path / "again")), dict(read_weights(tmp_path / "start"))
     for name, value in given.items():  # which has rows for special tokens once more
         assert torch.equal(value[: len(expected[name])], expected[name]), name
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "nbytes", "file"),
+    [
+        (import_, ["--emu", "emu.bin"], 10_000, "fragments-00000.safetensors"),
+        (export_, ["start", "--layout", "llama"], 10_000, "model.safetensors"),
+        (export_, ["start", "--layout", "emu"], 10_000, "weights.partial"),
+        (export_, ["start", "--layout", "emu"], 1_000_000, "pytorch_model.bin"),
+    ],
+)
+def test_a_full_disk_is_one_sentence(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: ModuleType,
+    arguments: list[str],
+    nbytes: int,
+    file: str,
+) -> None:
+    import_with_heads(monkeypatch, tmp_path)
+    capsys.readouterr()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["command", *arguments, "--out", "new"])
+    with full_disk(nbytes), pytest.raises(SystemExit) as exit_:
+        run_cli(command.main)
+    assert exit_.value.code == 2
+    printed = capsys.readouterr()
+    assert printed == ("", f"error: new.partial/{file}: File too large: mend that and run the command again\n")
+    monkeypatch.setenv("EMU_TRACEBACK", "1")
+    with full_disk(nbytes), pytest.raises(OSError, match="File too large"):
+        run_cli(command.main)
+    assert not Path("new").exists()
 
 
 def test_export_of_what_is_no_emu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

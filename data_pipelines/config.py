@@ -32,6 +32,7 @@ class SourceConfig:
 class DataConfig:
     """Where samples come from and how they become rows.
 
+    tokenizer: a tokenizer.model or tokenizer.json, or the folder of a language model that has one.
     global_batch_rows (G): rows a step, over all ranks; a multiple of lanes. micro_batch_rows: rows per rank and
     forward pass. lanes (L): independent streams, fixed for a run; the data-parallel size divides it.
     weight_unit: documents | tokens: what the weights of the sources share out.

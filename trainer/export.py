@@ -2,7 +2,7 @@
 
 <out>/config.json                       sizes, token ids, pixel constants, step, objective
 <out>/model-00001-of-00002.safetensors  weights; model.safetensors.index.json says which are where
-<out>/tokenizer.model
+<out>/tokenizer.model, or tokenizer.json and tokenizer_config.json
 <out>/emu_inference/                    the package: `python -m emu_inference caption IMAGE`
 <out>/pyproject.toml, README.md         `pip install <out>`
 """
@@ -30,7 +30,7 @@ from data_pipelines.tokenizer import Tokenizer
 from models.weights.fragment_files import write_json
 from models.weights.tensor_files import TensorToWrite, write_safetensors
 from trainer.checkpoint import SavedState, find_damage, find_latest, read_state, read_weights
-from trainer.run_folder import TOKENIZER
+from trainer.run_folder import has_tokenizer
 
 FORMAT = 1
 MODEL_TYPE = "emu"
@@ -63,10 +63,10 @@ def export(config: ExportConfig) -> Path:
         raise UserError(f"dtype={config.dtype} is not known: choose one of {', '.join(DTYPES)}")
     checkpoint = choose_checkpoint(config)
     saved = read_state(checkpoint)
-    kept = checkpoint.parents[1] / TOKENIZER
-    tokenizer_path = Path(config.tokenizer or (kept if kept.exists() else saved.state["config"]["data"]["tokenizer"]))
-    tokenizer = open_tokenizer(tokenizer_path, saved)
-    out = Path(config.out) if config.out else checkpoint.parents[1] / "export"
+    run_dir = checkpoint.parents[1]
+    kept = run_dir if has_tokenizer(run_dir) else saved.state["config"]["data"]["tokenizer"]
+    tokenizer = open_tokenizer(Path(config.tokenizer or kept), saved)
+    out = Path(config.out) if config.out else run_dir / "export"
     check_replaceable(out)
     partial_out = out.with_name(out.name + ".partial")
     if partial_out.exists():
@@ -74,7 +74,8 @@ def export(config: ExportConfig) -> Path:
     partial_out.mkdir(parents=True)
     num_parameters = write_weights(partial_out, checkpoint, DTYPES[config.dtype], config.shard_mb << 20)
     write_json(partial_out / "config.json", package_config(saved, tokenizer, DTYPES[config.dtype]))
-    shutil.copyfile(tokenizer_path, partial_out / "tokenizer.model")
+    for name, file in tokenizer.files.items():
+        shutil.copyfile(file, partial_out / name)
     write_package(partial_out, saved, num_parameters, config.dtype)
     replace_folder(partial_out, out)
     print(

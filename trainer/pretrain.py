@@ -92,7 +92,7 @@ def run_steps(
     if not checkpoint and config.init.weights:
         load_imported(Path(config.init.weights), engine, topology)
     if monitor is not None:
-        run_folder.keep_tokenizer(Path(config.run_dir), Path(config.data.tokenizer))
+        run_folder.keep_tokenizer(Path(config.run_dir), tokenizer)
         monitor.start(state.step, config.total_steps, topology.world_size, engine.device.type)
         if state.changes:
             monitor.order_changed(state.step, state.changes)

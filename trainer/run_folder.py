@@ -2,7 +2,7 @@
 
 <run>/config.yaml      the resolved configuration of the newest attempt
 <run>/attempt          number of starts so far
-<run>/tokenizer.model  the tokenizer that the model was trained with
+<run>/tokenizer.*      the tokenizer that the model was trained with
 <run>/lock             held while a run writes here
 <run>/pids/            process numbers of the ranks, for the launcher's signals
 <run>/exit.json        {"code", "reason"} of the newest attempt
@@ -22,8 +22,8 @@ from typing import IO, Any
 from omegaconf import OmegaConf
 
 from conf import UserError
+from data_pipelines.tokenizer import JSON, SENTENCEPIECE, Tokenizer
 
-TOKENIZER = "tokenizer.model"
 _held: list[IO[str]] = []
 """Lock files of this process: closing one, or the end of the process, lets its folder go."""
 
@@ -67,10 +67,15 @@ def write_config(run_dir: Path, resolved: dict[str, Any]) -> None:
     OmegaConf.save(OmegaConf.create(resolved), run_dir / "config.yaml")
 
 
-def keep_tokenizer(run_dir: Path, tokenizer: Path) -> None:
+def keep_tokenizer(run_dir: Path, tokenizer: Tokenizer) -> None:
     """Copy the tokenizer into the run, which is useless without it."""
-    if tokenizer.resolve() != (run_dir / TOKENIZER).resolve():
-        shutil.copyfile(tokenizer, run_dir / TOKENIZER)
+    for name, file in tokenizer.files.items():
+        if file.resolve() != (run_dir / name).resolve():
+            shutil.copyfile(file, run_dir / name)
+
+
+def has_tokenizer(run_dir: Path) -> bool:
+    return any((run_dir / name).exists() for name in (SENTENCEPIECE, JSON))
 
 
 def write_pid(run_dir: Path, rank: int) -> None:

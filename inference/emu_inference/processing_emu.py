@@ -12,14 +12,12 @@ from typing import Union
 
 import numpy as np
 import PIL.Image
-import sentencepiece
 import torch
 from torch import Tensor
 
 from emu_inference.config import EmuConfig, UserError
 from emu_inference.images import to_pixels
-
-TOKENIZER_FILE = "tokenizer.model"
+from emu_inference.tokenizer import Tokenizer, read_tokenizer
 
 Prompt = Sequence[Union[str, PIL.Image.Image, Sequence[PIL.Image.Image]]]
 """Text and pictures in reading order. A sequence of pictures is a video: its frames one after another."""
@@ -39,24 +37,19 @@ class EmuInputs:
 
 
 class EmuProcessor:
-    def __init__(self, config: EmuConfig, tokenizer: sentencepiece.SentencePieceProcessor) -> None:
+    def __init__(self, config: EmuConfig, tokenizer: Tokenizer) -> None:
         self.config = config
         self.tokenizer = tokenizer
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> EmuProcessor:
-        """Read config.json and tokenizer.model of an exported folder. UserError if they are missing or disagree."""
+        """Read config and tokenizer of an exported folder. UserError if they are missing or disagree."""
         config = EmuConfig.from_pretrained(folder)
-        path = Path(folder) / TOKENIZER_FILE
-        tokenizer = sentencepiece.SentencePieceProcessor()
-        try:
-            tokenizer.LoadFromSerializedProto(path.read_bytes())
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"{path} cannot be read as a tokenizer ({error}): export the model again") from error
+        tokenizer = read_tokenizer(Path(folder))
         if tokenizer.get_piece_size() != config.tokens.pad:
             raise UserError(
-                f"{path} has {tokenizer.get_piece_size()} pieces and the model {config.tokens.pad}: put the "
-                f"model's own tokenizer there"
+                f"the tokenizer of {folder} has {tokenizer.get_piece_size()} pieces and the model {config.tokens.pad}: "
+                "put the model's own there"
             )
         return cls(config, tokenizer)
 

@@ -13,9 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from conf import UserError, run_cli
+from data_pipelines.tokenizer import Tokenizer
 from models.config import ModelConfig, VisionConfig
 from models.emu import Emu
 from tests.conftest import full_disk
+from tests.data_pipelines.byte_level import BOS, write_byte_level
 from tests.inference.conftest import STEP, save_run
 from trainer import export as export_job
 from trainer.export import ExportConfig, export, parse, write_weights
@@ -144,6 +146,21 @@ def test_a_full_disk_is_one_sentence(
     assert exit_.value.code == 2
     sentence = f"error: {run_copy}/export.partial/shard-1: File too large: mend that and run the command again\n"
     assert capsys.readouterr() == ("", sentence)
+
+
+def test_a_tokenizer_json_goes_with_the_export(
+    package: ModuleType, reference: Emu, model_config: ModelConfig, tmp_path: Path
+) -> None:
+    write_byte_level(tmp_path / "llama")
+    checkpoint = save_run(tmp_path / "run", reference, model_config, tmp_path / "llama")
+    exported = export(ExportConfig(checkpoint=str(checkpoint)))
+    named = {path.name for path in exported.iterdir() if "tokenizer" in path.name}
+    assert named == {"tokenizer.json", "tokenizer_config.json"}
+    ours, processor = Tokenizer(tmp_path / "llama"), package.EmuProcessor.from_pretrained(exported)
+    text = f"a small {BOS} circle\n\u2603 [IMG]"
+    [ids] = ours.encode([text])
+    assert processor([[text]]).input_ids.tolist() == [[ours.bos, *ids]]
+    assert processor.decode([[ours.bos, *ids, ours.eos, ours.image, ours.pad]]) == [text]
 
 
 def test_another_tokenizer_is_refused(run_dir: Path, tokenizer_path: Path, tmp_path: Path) -> None:

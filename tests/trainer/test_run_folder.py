@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from conf import UserError
+from data_pipelines.tokenizer import Tokenizer
+from tests.data_pipelines.byte_level import write_byte_level
 from trainer import run_folder
 
 
@@ -65,15 +68,26 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
         run_folder.claim(tmp_path / "file" / "run")
 
 
-def test_the_run_keeps_its_configuration_process_numbers_and_tokenizer(tmp_path: Path) -> None:
-    tokenizer = tmp_path / "elsewhere.model"
-    tokenizer.write_bytes(b"pieces")
+def test_the_run_keeps_its_configuration_process_numbers_and_tokenizer(tmp_path: Path, tokenizer_path: Path) -> None:
+    shutil.copy(tokenizer_path, tmp_path / "elsewhere.model")
     run_dir = tmp_path / "run"
     run_folder.start_attempt(run_dir)
     run_folder.write_config(run_dir, {"seed": 3, "sizes": (1, 2)})
     run_folder.write_pid(run_dir, 12)
-    run_folder.keep_tokenizer(run_dir, tokenizer)
-    run_folder.keep_tokenizer(run_dir, run_dir / run_folder.TOKENIZER)  # a resumed run may be given its own copy
+    assert not run_folder.has_tokenizer(run_dir)
+    run_folder.keep_tokenizer(run_dir, Tokenizer(tmp_path / "elsewhere.model"))
+    run_folder.keep_tokenizer(run_dir, Tokenizer(run_dir))  # a resumed run may be given its own copy
     assert (run_dir / "config.yaml").read_text() == "seed: 3\nsizes:\n- 1\n- 2\n"
     assert (run_dir / "pids" / "rank-00012.pid").read_text() == f"{os.getpid()}\n"
-    assert (run_dir / run_folder.TOKENIZER).read_bytes() == b"pieces"
+    assert run_folder.has_tokenizer(run_dir)
+    assert (run_dir / "tokenizer.model").read_bytes() == tokenizer_path.read_bytes()
+
+
+def test_the_run_keeps_both_files_of_a_tokenizer_json(tmp_path: Path) -> None:
+    write_byte_level(tmp_path / "llama")
+    tokenizer = Tokenizer(tmp_path / "llama")
+    run_folder.start_attempt(tmp_path / "run")
+    run_folder.keep_tokenizer(tmp_path / "run", tokenizer)
+    shutil.rmtree(tmp_path / "llama")
+    assert run_folder.has_tokenizer(tmp_path / "run")
+    assert Tokenizer(tmp_path / "run").digest == tokenizer.digest

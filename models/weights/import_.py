@@ -32,6 +32,7 @@ NUM_SPECIAL_TOKENS, NUM_INSTRUCT_TOKENS = 4, 6
 IGNORED_LLAMA = re.compile(r".*rotary_emb\.inv_freq$")
 IGNORED_EMU = re.compile(r"visual\.(norm|head)\.|cformer\.cformer\.embed_tokens\.|.*rotary_emb\.inv_freq$")
 LORA = re.compile(r"(.*)\.lora_([AB])\.default\.weight$")
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 LORA_SCALE = 1.0
 """alpha / r of the released instruct model: 16 / 16."""
 
@@ -251,9 +252,20 @@ def parse() -> argparse.Namespace:
         epilog="example: python -m models.weights.import_ --language-model llama-13b --vision EVA01_CLIP_g_14.pt "
         "--out outputs/start",
     )
-    parser.add_argument("--language-model", type=Path, metavar="DIR", help="Hugging Face folder of a LLaMA or Mistral")
+    parser.add_argument(
+        "--language-model",
+        type=Path,
+        metavar="DIR",
+        help="Hugging Face folder of a LLaMA or Mistral; the run takes its tokenizer from there as well: "
+        "data.tokenizer=DIR",
+    )
     parser.add_argument("--vision", type=Path, metavar="FILE", help="EVA-CLIP checkpoint (.pt or .safetensors)")
-    parser.add_argument("--emu", type=Path, metavar="PATH", help="released Emu checkpoint, pretrained or instruct")
+    parser.add_argument(
+        "--emu",
+        type=Path,
+        metavar="PATH",
+        help="released Emu checkpoint, pretrained or instruct; its tokenizer is LLaMA's tokenizer.model",
+    )
     parser.add_argument(
         "--special-tokens",
         type=int,
@@ -267,6 +279,13 @@ def parse() -> argparse.Namespace:
     if arguments.emu and (arguments.language_model or arguments.vision):
         raise UserError("--emu holds all parts of the model: give it alone")
     return arguments
+
+
+def tokenizer_of(language_model: Path | None) -> str:
+    """What data.tokenizer is to be: the language model's folder, if it holds one."""
+    if language_model and any((language_model / name).is_file() for name in TOKENIZER_FILES):
+        return str(language_model)
+    return "ITS_TOKENIZER"
 
 
 def main() -> None:
@@ -291,9 +310,9 @@ def main() -> None:
         for name, value in sizes.items()
     )  # fmt: skip
     print(f"imported {num_parameters:,} parameters to {arguments.out}; the model is: {settings}")
-    print(
-        f"next: python -m trainer.pretrain init.weights={arguments.out} and those settings, or a preset that has them"
-    )
+    tokenizer = f" data.tokenizer={tokenizer_of(arguments.language_model)}" if made_from.keys() != {"vision"} else ""
+    run = f"python -m trainer.pretrain init.weights={arguments.out}{tokenizer}"
+    print(f"next: {run} and those settings, or a preset that has them")
 
 
 if __name__ == "__main__":

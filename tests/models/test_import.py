@@ -88,7 +88,9 @@ def test_logits_are_those_of_transformers(
         torch.testing.assert_close(table[60:], table[:60].mean(dim=0).expand(4, -1))
 
 
-def test_a_tower_keeps_every_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tower_keeps_every_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     state = foreign_files.eva_clip()
     torch.save({"module": state}, tmp_path / "eva.pt")
     description = run_import(monkeypatch, tmp_path / "start", "--vision", str(tmp_path / "eva.pt"))
@@ -96,11 +98,28 @@ def test_a_tower_keeps_every_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         **{"image_size": 8, "patch_size": 4, "width": 16, "num_layers": 2, "mlp_width": 24}
     }
     assert description["fresh"] == ["vision_encoder.ln_visual.weight", "vision_encoder.ln_visual.bias"]
+    assert "data.tokenizer" not in capsys.readouterr().out
     given = dict(read_weights(tmp_path / "start"))
     expected = {name: value for name, value in state.items() if name.startswith("visual.")}
     assert len(given) == len(expected) - 4
     for name, value in given.items():
         assert torch.equal(value, expected[name.replace("vision_encoder.", "visual.")]), name
+
+
+@pytest.mark.parametrize(
+    ("file", "named"),
+    [("tokenizer.model", "{folder}"), ("tokenizer.json", "{folder}"), ("other.model", "ITS_TOKENIZER")],
+)
+def test_the_command_ends_with_what_to_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], file: str, named: str
+) -> None:
+    folder, out = tmp_path / "llama", tmp_path / "start"
+    foreign_files.save_llama(folder)
+    (folder / file).write_bytes(b"")
+    run_import(monkeypatch, out, "--language-model", str(folder))
+    tokenizer = named.format(folder=folder)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"next: python -m trainer.pretrain init.weights={out} data.tokenizer={tokenizer} and those")
 
 
 def as_published(ours: str) -> str:

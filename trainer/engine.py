@@ -178,6 +178,8 @@ def build_engine(config: PretrainConfig, topology: Topology) -> DeepSpeedEngine:
         mpu=MegatronGroups() if topology.tp_size > 1 else None,
         dist_init_required=False,
     )
+    if topology.dp_size == 1 and config.parallel.zero_stage == 0:
+        engine.enable_backward_allreduce = False  # it would copy all gradients to sum them over one rank
     if config.parallel.zero_stage == 3:
         model.early_gradient = _keep_zero3_counters(model, gradient_keeping_graph)
     return engine

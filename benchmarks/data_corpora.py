@@ -43,13 +43,13 @@ def make_corpora(folder: Path) -> None:
     """small/, large/, video/, pages/, boards/ and tokenizer.model under `folder`; what is there already is kept."""
     for name, (num_shards, num_samples, make) in SETS.items():
         if not (folder / name).is_dir():
-            _write_set(folder / name, num_shards, num_samples, make)
+            write_set(folder / name, num_shards, num_samples, make)
     if not (folder / "tokenizer.model").exists():
         rng = random.Random("tokenizer")
         train_tokenizer([sentence(rng) for _ in range(2000)], folder / "tokenizer.model")
 
 
-def _write_set(folder: Path, num_shards: int, num_samples: int, make: Callable[[random.Random], Sample]) -> None:
+def write_set(folder: Path, num_shards: int, num_samples: int, make: Callable[[random.Random], Sample]) -> None:
     """By webdataset's own writer, as img2dataset and video2dataset do."""
     unfinished = folder.with_name(f"{folder.name}.tmp")
     unfinished.mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,7 @@ def _photo(name: str) -> Image.Image:
     return load_photo(name)
 
 
-def _crop(rng: random.Random, size: tuple[int, int]) -> Image.Image:
+def crop(rng: random.Random, size: tuple[int, int]) -> Image.Image:
     photo = _photo(rng.choice(NAMES))
     shrink = min(photo.width / size[0], photo.height / size[1]) * rng.uniform(0.6, 1.0)
     width, height = round(size[0] * shrink), round(size[1] * shrink)
@@ -88,7 +88,7 @@ def _noise() -> np.ndarray:
     return np.random.default_rng(0).normal(0, NOISE, (MAX_SIDE, MAX_SIDE, 1)).astype(np.int16)
 
 
-def _jpeg(image: Image.Image, quality: int) -> bytes:
+def jpeg(image: Image.Image, quality: int) -> bytes:
     stream = io.BytesIO()
     image.save(stream, "JPEG", quality=quality)
     return stream.getvalue()
@@ -111,17 +111,17 @@ def _pair(rng: random.Random, sides: tuple[int, int], quality: int) -> Sample:
         "exif": "{}",
         "sha256": f"{rng.getrandbits(256):064x}",
     }
-    return {"jpg": _jpeg(_crop(rng, (width, height)), quality), "txt": caption, "json": meta}
+    return {"jpg": jpeg(crop(rng, (width, height)), quality), "txt": caption, "json": meta}
 
 
 def _clip(rng: random.Random) -> Sample:
     """One of a few clips, which are slow to make."""
     caption = sentence(rng)
-    return {"mp4": _encoded_clip(rng.randrange(NUM_CLIPS)), "txt": caption, "json": {"caption": caption}}
+    return {"mp4": encoded_clip(rng.randrange(NUM_CLIPS)), "txt": caption, "json": {"caption": caption}}
 
 
 @functools.cache
-def _encoded_clip(number: int) -> bytes:
+def encoded_clip(number: int) -> bytes:
     """H.264 with x264's own distance of key frames, of WebVid's size: a slow pan over a photograph."""
     stream = io.BytesIO()
     with av.open(stream, "w", format="mp4") as container:
@@ -137,7 +137,7 @@ def _encoded_clip(number: int) -> bytes:
 
 def _pan(rng: random.Random) -> Iterator[np.ndarray]:
     width, height = CLIP_SIZE
-    wide = np.asarray(_crop(rng, (width + CLIP_FRAMES, height + CLIP_FRAMES // 2)))
+    wide = np.asarray(crop(rng, (width + CLIP_FRAMES, height + CLIP_FRAMES // 2)))
     for number in range(CLIP_FRAMES):
         yield np.ascontiguousarray(wide[number // 2 : number // 2 + height, number : number + width])
 
@@ -152,7 +152,7 @@ def _page(rng: random.Random) -> Sample:
     ]
     similarity = [[0.35 if t == info["matched_text_index"] else 0.1 for t in range(len(sentences))] for info in infos]
     page = {"url": "", "text_list": sentences, "image_info": infos, "similarity_matrix": similarity}
-    pictures = {f"{n}.jpg": _jpeg(_crop(rng, (256, 256)), 88) for n in range(num_pictures)}
+    pictures = {f"{n}.jpg": jpeg(crop(rng, (256, 256)), 88) for n in range(num_pictures)}
     return {**pictures, "json": page}
 
 
@@ -165,8 +165,8 @@ def _board(rng: random.Random) -> Sample:
         "duration": 5.0 * num_tiles,
         "subtitles": [{"start": 4.0 * n, "text": sentence(rng)} for n in range(num_tiles)],
     }
-    sheet = _crop(rng, (SHEET_COLUMNS * TILE[0], SHEET_ROWS * TILE[1]))
-    return {"json": meta, "sb_0.jpg": _jpeg(sheet, 80)}
+    sheet = crop(rng, (SHEET_COLUMNS * TILE[0], SHEET_ROWS * TILE[1]))
+    return {"json": meta, "sb_0.jpg": jpeg(sheet, 80)}
 
 
 # name -> shards, samples of each, and what makes one

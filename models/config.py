@@ -49,6 +49,8 @@ class LanguageModelConfig:
     text_vocab_size: pieces of the tokenizer, 0 = what data.tokenizer has. num_special_tokens: rows that follow them:
     [PAD], [IMG], [/IMG] and <image>; the released instruct model has 2 more. head_width: 0 = width / num_heads.
     rope_scaling: none | linear | llama3 (Hugging Face's names; the following four are its numbers).
+    attention: kernel of the packed rows: varlen (torch's flash attention) | flash_attn (that of the package flash-attn)
+    | sdpa | auto: the first of these that runs with this device, precision and head width. They agree up to rounding.
     """
 
     text_vocab_size: int = 32000
@@ -68,6 +70,7 @@ class LanguageModelConfig:
     rope_original_positions: int = 8192
     max_positions: int = 2048
     init_std: float = 0.02
+    attention: str = "auto"
 
     @property
     def vocabulary(self) -> int:

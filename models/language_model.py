@@ -25,6 +25,7 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor, nn
 
 from models.attention import PackedLayout, pack_layout, packed_causal_attention
+from models.attention_backend import attention_backend
 from models.config import LanguageModelConfig
 from models.recompute import recompute
 from models.tensor_parallel import enter_column_parallel
@@ -160,9 +161,13 @@ class LanguageModel(nn.Module):
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
 
     def forward(self, embeddings: Tensor, document_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """Input embeddings [B, S, W] of packed rows -> final normed hidden states [B, S, W]."""
+        """Input embeddings [B, S, W] of packed rows -> final normed hidden states [B, S, W].
+
+        UserError where the attention kernel that the configuration names cannot run.
+        """
         cos, sin = rotary_tables(position_ids.flatten(), rotary_frequencies(self.config))
-        layout = pack_layout(document_ids)
+        kernel, head_width = self.config.attention, self.config.width_of_head
+        layout = pack_layout(document_ids, attention_backend(kernel, embeddings.device, embeddings.dtype, head_width))
         x = embeddings.flatten(0, 1)
         if self.parallelism.sequence:
             x = scatter_to_sequence_parallel_region(x, group=get_tensor_model_parallel_group())

@@ -176,6 +176,11 @@ def validate(config: PretrainConfig, dp_size: int) -> None:
     choose("objective.regression_gradient", config.objective.regression_gradient, ("full", "text_only"))
     choose("optim.schedule", config.optim.schedule, ("cosine", "constant"))
     choose("model.language_model.rope_scaling", config.model.language_model.rope_scaling, ("none", "linear", "llama3"))
+    choose(
+        "model.language_model.attention",
+        config.model.language_model.attention,
+        ("auto", "sdpa", "varlen", "flash_attn"),
+    )
     choose("parallel.precision", config.parallel.precision, ("fp32", "bf16"))
     choose("parallel.activation_checkpointing", config.parallel.activation_checkpointing, ("none", "selective", "full"))
     choose("parallel.offload_optimizer", config.parallel.offload_optimizer, ("none", "cpu"))

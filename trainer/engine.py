@@ -16,6 +16,8 @@ from deepspeed import DeepSpeedEngine
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from conf import UserError
+from models.attention_backend import attention_backend
 from models.emu import Emu, gradient_keeping_graph
 from models.language_model import Parallelism
 from models.tensor_parallel import sum_gradients
@@ -100,6 +102,14 @@ def build_model(config: PretrainConfig, settings: dict[str, Any]) -> Emu:
     return model
 
 
+def check_attention(config: PretrainConfig) -> None:
+    """UserError where the attention kernel that the configuration names cannot run: before the model is built."""
+    language = config.model.language_model
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32
+    attention_backend(language.attention, device, dtype, language.width_of_head)
+
+
 def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
     """Per learning rate (Emu section 3.2) a decayed and an undecayed group; empty ones are left out."""
     groups: dict[tuple[str, bool], dict[str, Any]] = {}
@@ -158,6 +168,7 @@ def check_device(parallel: ParallelConfig) -> None:
 def build_engine(config: PretrainConfig, topology: Topology) -> DeepSpeedEngine:
     """Model, AdamW and DeepSpeed."""
     check_device(config.parallel)
+    check_attention(config)
     optim = config.optim
     accumulation_steps = config.data.global_batch_rows // topology.dp_size // config.data.micro_batch_rows
     settings = deepspeed_settings(config, accumulation_steps)

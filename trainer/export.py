@@ -38,7 +38,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = "emu_inference"
 SHARED_FILES = ("vision_encoder.py", "causal_transformer.py")
-TRAINING_ONLY = ("dropout", "init_std", "text_vocab_size", "num_special_tokens")
+TRAINING_ONLY = ("attention", "dropout", "init_std", "text_vocab_size", "num_special_tokens")
 
 
 @dataclass

@@ -113,6 +113,10 @@ def test_the_vocabulary_is_the_tokenizers(corpora: Path, tokenizer_path: Path) -
         ),
         ("parallel.tensor=3", "model.language_model.num_kv_heads=40 is not a multiple of parallel.tensor=3"),
         (
+            "model.language_model.attention=flash",
+            "attention=flash is not known: choose one of auto, sdpa, varlen, flash_",
+        ),
+        (
             "model.language_model.rope_scaling=yarn",
             "rope_scaling=yarn is not known: choose one of none, linear, llama3",
         ),

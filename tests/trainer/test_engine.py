@@ -14,7 +14,7 @@ from models.config import ObjectiveConfig
 from models.emu import Emu
 from tests.distributed.parity import Layout, make_config
 from tests.models.tiny_emu import NUM_SOURCES, tiny_config
-from trainer.config import OptimConfig, ParallelConfig
+from trainer.config import OptimConfig, ParallelConfig, PretrainConfig
 from trainer.engine import (
     build_engine,
     build_model,
@@ -89,6 +89,17 @@ def test_one_seed_one_model() -> None:
         set_process_options(ParallelConfig(threads=1), seed)
         weights.append(torch.cat([parameter.detach().flatten() for parameter in build().parameters()]))
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_an_attention_kernel_that_cannot_run_is_refused_before_the_model_is_built(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Flash attention in fp32 runs nowhere."""
+    monkeypatch.setattr("trainer.engine.build_model", lambda *_: pytest.fail("built"))
+    config = PretrainConfig(run_dir="run", model=tiny_config())
+    config.model.language_model.attention = "varlen"
+    with pytest.raises(UserError, match=r"model.language_model.attention=varlen cannot run here \(.*\): choose auto"):
+        build_engine(config, Topology())
 
 
 def test_determinism_does_not_fill_buffers() -> None:

@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-matrix test-export bench-order bench-resume bench-data bench-step lint
+.PHONY: help install demo test test-fast test-matrix test-export bench-order bench-resume bench-data bench-gpu bench-step lint
 
 help: ## explain the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ bench-data: install ## the data pipeline's speed against webdataset and against 
 
 bench-step: install ## a training step against padded batches, against its bare parts, and vision under tp=2
 	$(BIN)/python -m benchmarks.step
+
+bench-gpu: install ## one GPU: flash attention's loss, utilisation and memory of a 3B model, packed against padded rows
+	$(BIN)/python -m benchmarks.gpu
 
 lint: install ## ruff, mypy and the import contracts
 	$(BIN)/ruff check .

@@ -44,7 +44,8 @@ def test_caption_prints_a_line_for_each_image(
 ) -> None:
     assert main(["caption", *photos, "--batch-size", "2"]) == 0
     expected = processor.decode(model.generate(processor([[picture(i)] for i in range(5)])))
-    assert capsys.readouterr().out.splitlines() == [f"{p}: {t}" for p, t in zip(photos, expected, strict=True)]
+    # Not splitlines: an untrained model may well say a vertical tab.
+    assert capsys.readouterr().out == "".join(f"{p}: {t}\n" for p, t in zip(photos, expected, strict=True))
 
 
 def test_caption_continues_the_prompt_with_the_options_given(

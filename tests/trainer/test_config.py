@@ -168,7 +168,7 @@ def test_options_of_sources_are_checked_before_any_process_starts(wrong: str, se
         ("data.lane=4", "Key 'lane' not in 'DataConfig' at data.lane: see all keys"),
         ("data.sources.mine.kind=pairs", "data.sources.mine does not exist yet: check its name, or put a + before it"),
         ("data.lanes=many", "Value 'many' of type 'str' could not be converted to Integer at data.lanes: see all keys"),
-        ("model=emu_1t", "Could not find 'model/emu_1t' Available options in 'model': emu_14b emu_7b emu_tiny"),
+        ("model=emu_1t", "Could not find 'model/emu_1t' Available options in 'model': emu_14b emu_3b emu_7b emu_tiny"),
         ("seed", "missing EQUAL at '<EOF>': see all keys"),
     ],
 )

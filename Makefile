@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-matrix test-export bench-order bench-resume bench-data bench-gpu bench-step lint
+.PHONY: help install demo test test-fast test-matrix test-export bench-order bench-resume bench-data bench-memory bench-gpu bench-step lint
 
 help: ## explain the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ bench-resume: install ## time to the first batch at 90 % of an epoch over that a
 
 bench-data: install ## the data pipeline's speed against webdataset and against bare decoding, row fill and pixels
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.data
+
+bench-memory: install ## peak bytes of a training step against the closed form of launch.plan, three models
+	OMP_NUM_THREADS=2 $(BIN)/python -m benchmarks.memory
 
 bench-step: install ## a training step against padded batches, against its bare parts, and vision under tp=2
 	$(BIN)/python -m benchmarks.step

@@ -1,100 +1,64 @@
-"""How many parameters a model has and what they take of each GPU's memory, for every ZeRO stage.
+"""Does a training job fit into the GPUs' memory: its fullest moment, part by part, at every ZeRO stage.
 
-    python -m launch.plan model=emu_14b --gpus 32 --gpu-memory-gb 80
+    python -m launch.plan +experiment=emu_14b --gpus 32 --gpu-memory-gb 80
 
-Weights, gradients and Adam's state in closed form; activations need what is left. Takes the overrides of training.
+Takes the overrides of training; rows are taken to be full of text targets and images (`launch/memory.py`).
 """
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import replace
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from conf import UserError, run_cli
-from models.config import CausalTransformerConfig, LanguageModelConfig, ModelConfig, VisionConfig
-from trainer.config import compose_config
+from launch.activations import MicroBatch
+from launch.memory import Layout, Memory, peak
+from launch.parameters import count_parameters
+from trainer.config import (
+    PretrainConfig,
+    compose_config,
+    data_parallel_size,
+    fill_vocabulary,
+    validate_model,
+    validate_parallel,
+)
 
 GB = 1e9
+PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers")
 
 
-@dataclass(frozen=True)
-class BytesPerParameter:
-    """Mixed precision keeps an fp32 copy of the weights beside Adam's two moments."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-
-
-PRECISIONS = {"bf16": BytesPerParameter(2, 2, 12), "fp32": BytesPerParameter(4, 4, 8)}
+def full_micro_batch(config: PretrainConfig) -> MicroBatch:
+    """The rows that take most: as many images as are allowed or have room, and a text target at every place left."""
+    data, places = config.data, config.model.causal_transformer.num_queries + 2
+    images = data.micro_batch_rows * min(data.max_images_per_row, data.seq_len // places)
+    text_targets = data.micro_batch_rows * data.seq_len - images * places
+    return MicroBatch(data.micro_batch_rows, data.seq_len, images, text_targets)
 
 
-@dataclass(frozen=True)
-class StageMemory:
-    """Bytes on each GPU at a ZeRO stage."""
-
-    stage: int
-    weights: float
-    gradients: float
-    optimizer: float
-
-    @property
-    def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer
-
-
-def count_vision_encoder(config: VisionConfig) -> int:
-    """Patch embedding, class token, positions, blocks (query and value biases, no key bias) and `ln_visual`."""
-    width, mlp = config.width, config.mlp_width
-    num_patches = (config.image_size // config.patch_size) ** 2
-    embeddings = 3 * config.patch_size**2 * width + width + width + (1 + num_patches) * width
-    attention = 3 * width * width + 2 * width + width * width + width
-    block = attention + 2 * width * mlp + mlp + width + 4 * width
-    return embeddings + config.num_layers * block + 2 * width
-
-
-def count_causal_transformer(config: CausalTransformerConfig, vision_width: int, output_width: int) -> int:
-    """T5 decoder blocks (no biases, three norms), one table of relative positions, queries and the projection."""
-    width, inner = config.width, config.num_heads * config.head_width
-    self_attention = 4 * width * inner
-    cross_attention = 2 * width * inner + 2 * vision_width * inner
-    block = self_attention + cross_attention + 2 * width * config.mlp_width + 3 * width
-    tables = config.num_queries * width + config.position_buckets * config.num_heads
-    return config.num_layers * block + tables + width + width * output_width + output_width
-
-
-def count_language_model(config: LanguageModelConfig) -> int:
-    """LLaMA with untied input and output embeddings."""
-    width = config.width
-    query_width, kv_width = config.num_heads * config.width_of_head, config.num_kv_heads * config.width_of_head
-    layer = 2 * width * query_width + 2 * width * kv_width + 3 * width * config.mlp_width + 2 * width
-    vocabulary = config.vocabulary
-    return config.num_layers * layer + width + 2 * vocabulary * width
-
-
-def count_parameters(model: ModelConfig) -> dict[str, int]:
-    """Parameters by part of the network."""
-    width = model.language_model.width
-    return {
-        "vision encoder": count_vision_encoder(model.vision),
-        "causal transformer": count_causal_transformer(model.causal_transformer, model.vision.width, width),
-        "language model": count_language_model(model.language_model),
-        "regression head": width * width,
-    }
-
-
-def stage_memory(num_parameters: int, num_gpus: int, stage: int, precision: str) -> StageMemory:
-    """ZeRO divides Adam's state from stage 1 on, gradients from 2, weights from 3 (Rajbhandari et al. 2020)."""
-    size = PRECISIONS[precision]
-    return StageMemory(
-        stage=stage,
-        weights=size.weights * num_parameters / (num_gpus if stage >= 3 else 1),
-        gradients=size.gradients * num_parameters / (num_gpus if stage >= 2 else 1),
-        optimizer=size.optimizer * num_parameters / (num_gpus if stage >= 1 else 1),
+def layout_of(config: PretrainConfig, num_gpus: int) -> Layout:
+    parallel, dp = config.parallel, data_parallel_size(config.parallel.tensor, num_gpus)
+    return Layout(
+        zero_stage=parallel.zero_stage,
+        dp=dp,
+        tensor=parallel.tensor,
+        sequence=parallel.sequence,
+        activation_checkpointing=parallel.activation_checkpointing,
+        precision=parallel.precision,
+        offload_optimizer=parallel.offload_optimizer,
+        offload_parameters=parallel.offload_parameters,
+        attention=config.model.language_model.attention,
+        accumulates=config.data.global_batch_rows > dp * config.data.micro_batch_rows,
     )
+
+
+def stages(layout: Layout) -> list[Layout]:
+    """The layout at every ZeRO stage that can do what it offloads."""
+    least = 3 if layout.offload_parameters != "none" else 1 if layout.offload_optimizer != "none" else 0
+    return [replace(layout, zero_stage=stage) for stage in range(least, 4)]
 
 
 def parameter_table(name: str, counts: dict[str, int]) -> Table:
@@ -107,24 +71,33 @@ def parameter_table(name: str, counts: dict[str, int]) -> Table:
     return table
 
 
-def memory_table(stages: list[StageMemory], gpu_memory_gb: float, title: str) -> Table:
-    table = Table(title=title)
-    for column in ("ZeRO", "weights", "gradients", "Adam", "sum, GB", "left, GB"):
-        table.add_column(column, justify="right")
-    for memory in stages:
-        left = gpu_memory_gb - memory.total / GB
-        cells = [memory.weights, memory.gradients, memory.optimizer, memory.total]
-        verdict = f"{left:.1f}" if left > 0 else "[red]too much[/red]"
-        table.add_row(str(memory.stage), *(f"{cell / GB:.1f}" for cell in cells), verdict)
+def memory_table(peaks: dict[int, Memory], gpu_memory_gb: float, title: str) -> Table:
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("ZeRO", *PARTS[:2], "Adam", *PARTS[3:], "sum", "left"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for stage, memory in peaks.items():
+        cells = (f"{getattr(memory, part) / GB:.1f}" for part in PARTS)
+        left = f"{gpu_memory_gb - memory.total / GB:.1f}"
+        left = left if memory.total < gpu_memory_gb * GB else f"[red]{left}[/red]"
+        table.add_row(str(stage), *cells, f"{memory.total / GB:.1f}", left)
     return table
+
+
+def verdict(peaks: dict[int, Memory], gpu_memory_gb: float) -> str:
+    for stage, memory in peaks.items():
+        if memory.total < gpu_memory_gb * GB:
+            return f"Lowest stage that fits: parallel.zero_stage={stage} (fullest moment: {memory.moment})"
+    return (
+        "Nothing fits: use more GPUs, parallel.activation_checkpointing=full, parallel.tensor, a smaller "
+        "data.micro_batch_rows or a smaller model"
+    )
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m launch.plan", description=__doc__.splitlines()[0])
     parser.add_argument("--gpus", type=int, required=True, help="GPUs in all")
     parser.add_argument("--gpu-memory-gb", type=float, default=80, help="memory of each (default: %(default)s)")
-    parser.add_argument("--precision", choices=sorted(PRECISIONS), default="bf16", help="default: %(default)s")
-    parser.add_argument("overrides", nargs="*", help="overrides as for training, e.g. model=emu_14b")
+    parser.add_argument("overrides", nargs="*", help="overrides as for training, e.g. +experiment=emu_14b")
     return parser.parse_intermixed_args(argv)
 
 
@@ -132,17 +105,21 @@ def main() -> None:
     args = parse_args()
     if args.gpus < 1:
         raise UserError(f"--gpus is {args.gpus}: give at least 1")
-    model = compose_config(["run_dir=unused", *args.overrides]).model
-    counts = count_parameters(model)
-    stages = [stage_memory(sum(counts.values()), args.gpus, stage, args.precision) for stage in range(4)]
+    config = compose_config(["run_dir=unused", *args.overrides])
+    if config.model.language_model.text_vocab_size == 0:
+        fill_vocabulary(config)
+    validate_parallel(config)
+    validate_model(config.model, config.parallel.tensor)
+    batch, layout = full_micro_batch(config), layout_of(config, args.gpus)
+    peaks = {layout.zero_stage: peak(config.model, batch, layout) for layout in stages(layout)}
     console = Console()
-    console.print(parameter_table(model.name, counts))
-    console.print(memory_table(stages, args.gpu_memory_gb, f"GB on each of {args.gpus} GPUs, {args.precision}"))
-    fitting = [memory.stage for memory in stages if memory.total < args.gpu_memory_gb * GB]
-    if not fitting:
-        console.print("Nothing fits: use more GPUs or a smaller model")
-    else:
-        console.print(f"Lowest stage that fits before activations: parallel.zero_stage={fitting[0]}")
+    console.print(parameter_table(config.model.name, count_parameters(config.model)))
+    title = f"GB on each of {args.gpus} GPUs at the fullest moment of a step\n"
+    title += f"{batch.rows} x {batch.seq_len} positions, {batch.images} images, {layout.precision}, "
+    title += f"tensor={layout.tensor}, activation_checkpointing={layout.activation_checkpointing}"
+    console.print(memory_table(peaks, args.gpu_memory_gb, title))
+    console.print("Not counted: CUDA context, NCCL, fragmentation. Leave a tenth free for them.")
+    console.print(verdict(peaks, args.gpu_memory_gb))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from rich.table import Table
 
 from conf import UserError, run_cli
 from data_pipelines.shards import expand_shards, is_local, stat_shard
-from launch.plan import count_parameters
+from launch.parameters import count_parameters
 from trainer import run_folder
 from trainer.config import PretrainConfig, compose_config, data_parallel_size, fill_vocabulary, validate
 

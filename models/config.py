@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
+CHUNK_LOGITS = 1 << 24
+"""Logits that the text head holds at a time: 64 MiB in fp32."""
+
 
 @dataclass
 class VisionConfig:

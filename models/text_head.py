@@ -14,11 +14,8 @@ from megatron.core.parallel_state import get_tensor_model_parallel_group
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor, nn
 
-from models.config import LanguageModelConfig
+from models.config import CHUNK_LOGITS, LanguageModelConfig
 from models.language_model import megatron_config
-
-CHUNK_LOGITS = 1 << 24
-"""Logits of a chunk: 64 MiB in fp32."""
 
 
 class VocabParallelCrossEntropy(torch.autograd.Function):

@@ -20,6 +20,8 @@ from data_pipelines.tokenizer import Tokenizer
 from data_pipelines.validate import validate_batching
 from models.config import ModelConfig, ObjectiveConfig
 
+MAX_BUCKET = 500_000_000
+"""Gradients that ZeRO reduces at a time, at most."""
 LEAST = {
     "total_steps": 1,
     "stop_after_step": 0,
@@ -181,14 +183,8 @@ def validate(config: PretrainConfig, dp_size: int) -> None:
         config.model.language_model.attention,
         ("auto", "sdpa", "varlen", "flash_attn"),
     )
-    choose("parallel.precision", config.parallel.precision, ("fp32", "bf16"))
-    choose("parallel.activation_checkpointing", config.parallel.activation_checkpointing, ("none", "selective", "full"))
-    choose("parallel.offload_optimizer", config.parallel.offload_optimizer, ("none", "cpu"))
-    choose("parallel.offload_parameters", config.parallel.offload_parameters, ("none", "cpu"))
     choose("checkpoint.resume", config.checkpoint.resume, ("auto", "never"))
     choose("monitor.wandb", config.monitor.wandb, ("offline", "online", "disabled"))
-    if config.parallel.zero_stage not in (0, 1, 2, 3):
-        raise UserError(f"parallel.zero_stage={config.parallel.zero_stage} is not a ZeRO stage: choose 0, 1, 2 or 3")
     validate_parallel(config)
     for key, least in LEAST.items():
         if (value := attrgetter(key)(config)) < least:
@@ -214,6 +210,12 @@ def validate(config: PretrainConfig, dp_size: int) -> None:
 
 def validate_parallel(config: PretrainConfig) -> None:
     parallel = config.parallel
+    choose("parallel.precision", parallel.precision, ("fp32", "bf16"))
+    choose("parallel.activation_checkpointing", parallel.activation_checkpointing, ("none", "selective", "full"))
+    choose("parallel.offload_optimizer", parallel.offload_optimizer, ("none", "cpu"))
+    choose("parallel.offload_parameters", parallel.offload_parameters, ("none", "cpu"))
+    if parallel.zero_stage not in (0, 1, 2, 3):
+        raise UserError(f"parallel.zero_stage={parallel.zero_stage} is not a ZeRO stage: choose 0, 1, 2 or 3")
     for key, wanted, least in (("offload_optimizer", parallel.offload_optimizer, 1),
                                ("offload_parameters", parallel.offload_parameters, 3)):  # fmt: skip
         if wanted != "none" and parallel.zero_stage < least:

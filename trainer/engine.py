@@ -22,10 +22,9 @@ from models.emu import Emu, gradient_keeping_graph
 from models.language_model import Parallelism
 from models.tensor_parallel import sum_gradients
 from models.weights.eva_clip import load_vision_encoder
-from trainer.config import OptimConfig, ParallelConfig, PretrainConfig, data_parallel_size
+from trainer.config import MAX_BUCKET, OptimConfig, ParallelConfig, PretrainConfig, data_parallel_size
 from trainer.topology import Topology
 
-MAX_BUCKET = 500_000_000
 UNDECAYED = ("queries", "pos_embed", "cls_token", "relative_attention_bias")
 
 

@@ -4,7 +4,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from launch.plan import count_parameters, parse_args, stage_memory
+from conf import UserError
+from launch import plan
+from launch.parameters import count_parameters
 from models.config import LanguageModelConfig, ModelConfig
 from models.emu import build_causal_transformer, build_vision_encoder
 
@@ -48,13 +50,47 @@ def test_counts_equal_built_modules() -> None:
         assert counts[part] == num_parameters(module), part
 
 
-@pytest.mark.parametrize(("stage", "total_gb"), [(0, 16.0), (1, 4 + 1.5), (2, 2 + 14 / 8), (3, 2.0)])
-def test_memory_by_stage(stage: int, total_gb: float) -> None:
-    """The ZeRO paper's own arithmetic for 16 bytes a parameter, 1 B parameters, 8 GPUs."""
-    assert stage_memory(10**9, num_gpus=8, stage=stage, precision="bf16").total == pytest.approx(total_gb * 1e9)
-
-
 def test_flags_and_overrides_may_be_mixed() -> None:
-    args = parse_args(["model=emu_14b", "--gpus", "32", "parallel.zero_stage=3"])
+    args = plan.parse_args(["model=emu_14b", "--gpus", "32", "parallel.zero_stage=3"])
     assert args.overrides == ["model=emu_14b", "parallel.zero_stage=3"]
     assert args.gpus == 32
+
+
+PLAN = ["launch.plan", "+experiment=emu_7b", "--gpus", "8", "--gpu-memory-gb"]
+
+
+def printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
+    monkeypatch.setenv("EMU_DATA", "/data/emu")
+    monkeypatch.setattr("sys.argv", [*PLAN, *arguments])
+    plan.main()
+    return capsys.readouterr().out.splitlines()
+
+
+def test_what_is_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Weights, gradients and Adam of ZeRO-1: 2 + 2 + 12 / 8 bytes for each of 7.895 B parameters."""
+    lines = printed(monkeypatch, capsys, "80")
+    (row,) = (line.split() for line in lines if line.startswith("    1 "))
+    assert [float(cell) for cell in row[1:4]] == pytest.approx([15.8, 15.8, 11.8], abs=0.05)
+    assert sum(map(float, row[1:7])) == pytest.approx(float(row[7]), abs=0.3)
+    assert float(row[7]) + float(row[8]) == pytest.approx(80, abs=0.1)
+    assert lines[-1] == "Lowest stage that fits: parallel.zero_stage=1 (fullest moment: backward, heads)"
+    assert max(map(len, lines)) <= 80
+
+
+def test_the_configuration_decides(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "\n".join(printed(monkeypatch, capsys, "50", "data.micro_batch_rows=4"))
+    assert "Nothing fits: use more GPUs" in text
+    rows = ("data.micro_batch_rows=4", "parallel.activation_checkpointing=full")
+    assert "Lowest stage that fits: parallel.zero_stage=2" in "\n".join(printed(monkeypatch, capsys, "50", *rows))
+    lines = printed(monkeypatch, capsys, "50", "parallel.offload_optimizer=cpu", "parallel.zero_stage=2")
+    assert not any(line.startswith("    0 ") for line in lines)
+    assert next(line for line in lines if line.startswith("    2 ")).split()[3] == "0.0"
+
+
+def test_wrong_input_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match=r"num_kv_heads=32 is not a multiple of parallel\.tensor=3"):
+        printed(monkeypatch, capsys, "80", "parallel.tensor=3")
+    with pytest.raises(UserError, match=r"6 processes are no multiple of parallel\.tensor=4"):
+        printed(monkeypatch, capsys, "80", "--gpus", "6", "parallel.tensor=4")
+    with pytest.raises(UserError, match=r"parallel\.precision=fp8 is not known"):
+        printed(monkeypatch, capsys, "80", "parallel.precision=fp8")

@@ -99,10 +99,6 @@ class Turn:
     their_positions: int
 
     @property
-    def language_ratio(self) -> float:
-        return self.theirs.language / self.ours.language
-
-    @property
     def whole(self) -> tuple[float, float]:
         """Seconds of the whole step, ours and theirs."""
         ours, theirs = (one.vision + one.language + self.optimizer for one in (self.ours, self.theirs))

@@ -15,12 +15,18 @@ import torch.distributed as dist
 
 from launch.deepspeed import free_port
 
+PRELOADED = ["benchmarks.step_padded", "benchmarks.step_loop", "benchmarks.step_vision"]
+"""Imported once, by a server that the processes are forked from: deepspeed takes long."""
+
 
 def run_ranks(function: Callable[..., Any], num_ranks: int, *args: Any) -> Any:
     """`function(*args)` in fresh processes that share the cores, as a launcher starts them; what rank 0 returns."""
     with tempfile.TemporaryDirectory(prefix="bench-step-") as name:
         result = Path(name, "result")
-        torch.multiprocessing.spawn(_run_rank, (num_ranks, free_port(), result, function, args), nprocs=num_ranks)
+        torch.multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
+        torch.multiprocessing.start_processes(
+            _run_rank, (num_ranks, free_port(), result, function, args), nprocs=num_ranks, start_method="forkserver"
+        )
         return pickle.loads(result.read_bytes())
 
 

@@ -62,12 +62,35 @@ MATRIX = {
     for dp, tp in WORLDS
     for stage in range(4)
 }
-# Every (dp, tp), every stage, and every stage with and without both kinds of parallelism.
+# Of those by hand: every (dp, tp), stage, objective and option at least once.
+COVER_BY_HAND = [
+    "1 process, ZeRO-0",
+    "1 process, ZeRO-3, 4 micro-batches",
+    "1 process, ZeRO-0, selective",
+    "dp 2, ZeRO-0",
+    "dp 2, ZeRO-1, 2 micro-batches",
+    "dp 2, ZeRO-2, 2 micro-batches",
+    "dp 2, ZeRO-3, from scratch, full",
+    "dp 2, ZeRO-3, small weights kept",
+    "dp 2, ZeRO-3, all offloaded",
+    "tp 2, ZeRO-3, sequence",
+    "tp 2, ZeRO-2, full",
+    "dp 2, tp 2, ZeRO-2, from scratch",
+    "dp 2, tp 2, ZeRO-1, sequence, selective",
+]
+# Of the real ones: every (dp, tp), every stage, and every stage with and without both kinds of parallelism.
 COVER = [(1, 1, 0), (2, 1, 3), (4, 1, 2), (4, 1, 0), (1, 2, 1), (2, 2, 3), (1, 4, 3), (1, 4, 0)]
-LAYOUTS = BY_HAND | {name: layout for name, layout in MATRIX.items() if (layout.dp, layout.tp, layout.stage) in COVER}
+ALL = BY_HAND | MATRIX
+LAYOUTS = {
+    *COVER_BY_HAND,
+    *(name for name, layout in MATRIX.items() if (layout.dp, layout.tp, layout.stage) in COVER),
+}
 CASES = [
-    *(pytest.param(name, marks=NEED_REAL_DATA if layout.real else ()) for name, layout in LAYOUTS.items()),
-    *(pytest.param(name, marks=(NEED_REAL_DATA, pytest.mark.matrix)) for name in MATRIX if name not in LAYOUTS),
+    pytest.param(
+        name,
+        marks=[NEED_REAL_DATA] * layout.real + [pytest.mark.matrix] * (name not in LAYOUTS),
+    )
+    for name, layout in ALL.items()
 ]
 
 
@@ -96,16 +119,15 @@ def real_job(tmp_path_factory: pytest.TempPathFactory) -> PretrainConfig | None:
 
 @pytest.fixture(scope="module")
 def results(request: pytest.FixtureRequest, real_job: PretrainConfig | None) -> dict[str, list[Run]]:
-    wanted = {item.callspec.params["name"] for item in request.session.items if hasattr(item, "callspec")
-              and item.path == request.path and "name" in item.callspec.params}  # fmt: skip
-    layouts = {name: layout for name, layout in (BY_HAND | BF16 | MATRIX).items() if name in wanted}
-    return run_all(
-        {n: layout for n, layout in layouts.items() if real_job or not layout.real}, real_job, run_distributed
-    )
+    """Of the layouts whose tests are to run."""
+    here = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    wanted = {item.callspec.params.get("name") for item in here}
+    layouts = {name: layout for name, layout in (ALL | BF16).items() if name in wanted}
+    return run_all({name: v for name, v in layouts.items() if real_job or not v.real}, real_job, run_distributed)
 
 
 def reference(results: dict[str, list[Run]], name: str) -> Run:
-    layout = (BY_HAND | BF16 | MATRIX)[name]
+    layout = (ALL | BF16)[name]
     return results["real " * layout.real + layout.objective][0]
 
 

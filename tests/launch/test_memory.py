@@ -174,9 +174,10 @@ def test_what_is_there_at_the_fullest_moment() -> None:
     recomputing helps, in this order, and so do more devices."""
     wordy = replace(MODEL, language_model=replace(MODEL.language_model, text_vocab_size=50_000))
     weights = 4 * sum(count_parameters(wordy).values())
-    for dp, moment, copies in ((1, "update", 0), (2, "reduction of gradients", 1)):
+    # On one rank the end of backward and the update are equally full.
+    for dp, fullest, copies in ((1, ("backward, vision encoder", "update"), 0), (2, ("reduction of gradients",), 1)):
         few = peak(wordy, MicroBatch(1, 16, 0, 15), Layout(0, dp=dp, device="cpu"))
-        assert few.moment == moment
+        assert few.moment in fullest
         assert few.total == pytest.approx((4 + copies) * weights)
     batch = MicroBatch(8, 2048, 8, 8 * 1700)
     totals = [

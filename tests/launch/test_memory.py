@@ -178,7 +178,7 @@ def test_what_is_there_at_the_fullest_moment() -> None:
     for dp, fullest, copies in ((1, ("backward, vision encoder", "update"), 0), (2, ("reduction of gradients",), 1)):
         few = peak(wordy, MicroBatch(1, 16, 0, 15), Layout(0, dp=dp, device="cpu"))
         assert few.moment in fullest
-        assert few.total == pytest.approx((4 + copies) * weights)
+        assert few.total == pytest.approx((4 + copies) * weights, rel=1e-3)
     batch = MicroBatch(8, 2048, 8, 8 * 1700)
     totals = [
         peak(MODEL, batch, Layout(0, activation_checkpointing=mode)).total for mode in ("none", "selective", "full")

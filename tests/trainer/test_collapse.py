@@ -55,12 +55,12 @@ def test_both_losses_from_random_weights_at_a_high_rate_collapse_with_one_alarm(
     tmp_path: Path, tokenizer_path: Path
 ) -> None:
     folder, run_dir = write_squares(tmp_path / "data"), tmp_path / "run"
-    done = train(folder, tokenizer_path, run_dir, 2e-2, "objective=paper", "total_steps=80")
+    done = train(folder, tokenizer_path, run_dir, 2e-2, "objective=paper", "total_steps=80", "seed=1")
     first, *_, last = history(run_dir)
-    # What misleads: the regression loss has fallen more than fifteenfold.
-    assert last["loss/image"] < first["loss/image"] / 15
+    # What misleads: the regression loss has fallen more than fiftyfold.
+    assert last["loss/image"] < first["loss/image"] / 50
     # What tells: the pictures' embeddings are alike, and predicting their mean would do better.
-    assert first["embedding_spread"] > 0.5 and last["embedding_spread"] < 0.015
+    assert first["embedding_spread"] > 0.5 and last["embedding_spread"] < 0.02
     assert last["explained_variance_first"] < 0 and last["explained_variance_later"] < 0
     (alarm,) = alarms(run_dir)
     assert alarm["embedding_spread"] < 0.02 and alarm["step"] < 40

@@ -44,7 +44,7 @@ MODEL = (
     "model.language_model.init_std=0.02",
 )
 """The vision part is small: it is the same for packed and for padded rows."""
-LONG_ROWS = ("data.seq_len=2048", "data.max_images_per_row=48")
+LONG_ROWS = ("data.seq_len=2048",)
 SHORT_ROWS = ("data.seq_len=1024", "data.max_images_per_row=24")
 """Of a step that the loop's own costs fall upon: one row a process, less than any real step has."""
 
@@ -53,20 +53,18 @@ VISION = (
     "model.vision={image_size: 224, patch_size: 14, width: 512, num_layers: 6, num_heads: 8, mlp_width: 2048}",
     "model.causal_transformer={num_queries: 32, width: 512, num_layers: 4, num_heads: 8, head_width: 64}",
     "model.causal_transformer.mlp_width=2048",
-    "data.seq_len=1024",
-    "data.max_images_per_row=16",
 )
-"""Of the vision part under tensor parallelism: large enough for encoding to outweigh the exchange of its gradients."""
+"""Of the vision part under tensor parallelism, in rows of the default shape."""
 
 
 @dataclass(frozen=True)
 class Sizes:
     """What tests make small. turns: of packed and padded rows; rows: packed rows of such a turn."""
 
-    turns: int = 3
-    rows: int = 3
+    turns: int = 2
+    rows: int = 4
     loop_turns: int = 5
-    vision_turns: int = 4
+    vision_turns: int = 3
     model: tuple[str, ...] = MODEL
     long_rows: tuple[str, ...] = LONG_ROWS
     short_rows: tuple[str, ...] = SHORT_ROWS

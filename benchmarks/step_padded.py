@@ -33,8 +33,8 @@ from trainer.config import PretrainConfig
 from trainer.engine import init_distributed, parameter_groups, set_process_options
 from trainer.loop import model_inputs
 
-SHARE_OF_A_BATCH = 1 / 16
-"""Of Emu's batch sizes: 8 pairs, 4 pages, 1 video or storyboard. Larger ones pad more."""
+SHARE_OF_A_BATCH = 1 / 8
+"""Of Emu's batch sizes: 16 pairs, 8 pages, 2 videos or storyboards. Larger ones pad more."""
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 IGNORED = -100
 

@@ -33,6 +33,8 @@ class DataConfig:
     """Where samples come from and how they become rows.
 
     tokenizer: a tokenizer.model or tokenizer.json, or the folder of a language model that has one.
+    max_images_per_row: bounds the memory of a row's pictures; rows of captioned pictures hold fewer tokens than seq_len
+    where it is below seq_len / 45 or so.
     global_batch_rows (G): rows a step, over all ranks; a multiple of lanes. micro_batch_rows: rows per rank and
     forward pass. lanes (L): independent streams, fixed for a run; the data-parallel size divides it.
     weight_unit: documents | tokens: what the weights of the sources share out.
@@ -48,7 +50,7 @@ class DataConfig:
     tokenizer: str = MISSING
     index_dir: str = "outputs/index"
     seq_len: int = 2048
-    max_images_per_row: int = 24
+    max_images_per_row: int = 48
     global_batch_rows: int = 256
     micro_batch_rows: int = 1
     lanes: int = 256

@@ -63,7 +63,7 @@ class Sizes:
 
     turns: int = 2
     rows: int = 4
-    loop_turns: int = 5
+    loop_turns: int = 9
     vision_turns: int = 3
     model: tuple[str, ...] = MODEL
     long_rows: tuple[str, ...] = LONG_ROWS

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 import socket
 from collections.abc import Callable
@@ -59,9 +57,11 @@ def init_distributed(parallel: ParallelConfig) -> Topology:
         os.environ["MASTER_PORT"] = str(_free_port())
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # On a CPU DeepSpeed would compile an all-reduce of its own at the first start: a minute, and a start that is killed
+    # meanwhile leaves a lock for which all later ones wait for ever. Nor would ranks notice in it that one has died.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints which extension it has built
-        deepspeed.init_distributed(backend, timeout=timedelta(minutes=parallel.timeout_minutes), verbose=False)
+    deepspeed.init_distributed(backend, timeout=timedelta(minutes=parallel.timeout_minutes), verbose=False)
     world_size = torch.distributed.get_world_size()
     dp_size = data_parallel_size(parallel.tensor, world_size)
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=parallel.tensor)

@@ -209,6 +209,7 @@ def token_shares(rows: list[PackedRow]) -> dict[str, float]:
     return {source: count / counts.total() for source, count in counts.items()}
 
 
+@pytest.mark.slow
 def test_the_mixture_counts_emitted_tokens(unequal_config: DataConfig, tokenizer: Tokenizer) -> None:
     settings = make_settings(unequal_config, tokenizer)
     lane = make_lane(settings, 1)
@@ -233,6 +234,7 @@ def test_windows_smaller_than_a_document_mix_and_resume(unequal_config: DataConf
         assert content(resumed.next_row()) == content(rows[killed_after + 1])
 
 
+@pytest.mark.slow
 def test_second_windows_are_staggered_and_rows_well_filled(small_config: DataConfig, tokenizer: Tokenizer) -> None:
     config = dataclasses.replace(small_config, window_rows=40)
     settings = make_settings(config, tokenizer)

@@ -138,6 +138,7 @@ def test_shares_of_tokens_depend_on_no_split(small_config: DataConfig, reference
     assert run_rows(split_config(config, (1, 4, 2), num_workers=3), 1, cursors, num_rows=12) == expected[12:]
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None)
 @given(splits(), splits(), st.integers(1, 3))
 def test_resume_at_any_step_with_another_split(

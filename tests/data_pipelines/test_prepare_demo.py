@@ -97,6 +97,7 @@ def triples(objects: list[Any]) -> list[tuple[str, str, str]]:
     return sorted((thing.colour, thing.shape, thing.place) for thing in objects)
 
 
+@pytest.mark.slow
 def test_two_runs_give_the_same_bytes_and_another_seed_does_not(corpora: Path, tmp_path: Path) -> None:
     demo.prepare(tmp_path / "again", SCALE)
     files = sorted(path.relative_to(corpora) for path in corpora.rglob("*") if path.is_file())

@@ -122,6 +122,7 @@ def hostile_json(draw: st.DrawFn) -> Any:
     return root
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(meta=JSON | hostile_json(), seed=st.integers(0, 3))
 def test_hostile_json_never_raises(meta: Any, seed: int) -> None:

@@ -134,6 +134,7 @@ def test_a_match_outside_the_page_is_no_match(index: int) -> None:
 LONG = [f"{number:03d}" + "x" * 397 for number in range(100)]  # 100 estimated tokens each
 
 
+@pytest.mark.slow
 def test_subsequence_is_drawn_over_the_page_and_holds_a_picture() -> None:
     raw = page(LONG, [(10, 0.4), (50, 0.4), (90, 0.4)])
     starts, seen = set(), set()

@@ -137,6 +137,7 @@ def test_subtitles_in_a_member_of_their_own(form: str) -> None:
     assert read(RawSample("0", {**in_json.members, form: to_bytes(spoken[form])})) == [0, "json", 1, 2]
 
 
+@pytest.mark.slow
 def test_windows_are_contiguous_and_never_silent() -> None:
     raw = raw_form(60, lines(*[(2.0 * n + 1, f"after {n}") for n in (3, 30, 57)]))
     starts = set()

@@ -178,6 +178,7 @@ def test_an_unreachable_shard_ends_the_run_with_one_sentence(
             rows(batches_of(config))
 
 
+@pytest.mark.slow
 def test_what_was_passed_over_stays_so_on_resume(small_config: DataConfig, folder: Path) -> None:
     """From every cursor after the failure, with a server that works again: the rows of the run that met the failure."""
     log = folder / "unreachable.jsonl"

@@ -109,6 +109,7 @@ def measure(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[int, int]:
     return forward.begin - begin.begin, forward.peak - begin.begin
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("part", PARTS)

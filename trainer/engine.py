@@ -23,6 +23,9 @@ from models.weights.eva_clip import load_vision_encoder
 from trainer.config import MAX_BUCKET, OptimConfig, ParallelConfig, PretrainConfig, data_parallel_size
 from trainer.topology import Topology
 
+# On a CPU DeepSpeed would compile an all-reduce of its own at the first start: a minute, and a start that is killed
+# meanwhile leaves a lock for which all later ones wait for ever.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 UNDECAYED = ("queries", "pos_embed", "cls_token", "relative_attention_bias")
 
 
@@ -57,9 +60,6 @@ def init_distributed(parallel: ParallelConfig) -> Topology:
         os.environ["MASTER_PORT"] = str(_free_port())
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # On a CPU DeepSpeed would compile an all-reduce of its own at the first start: a minute, and a start that is killed
-    # meanwhile leaves a lock for which all later ones wait for ever. Nor would ranks notice in it that one has died.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     deepspeed.init_distributed(backend, timeout=timedelta(minutes=parallel.timeout_minutes), verbose=False)
     world_size = torch.distributed.get_world_size()

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.comm.torch import build_shm_op
 from megatron.core import parallel_state
 
 from conf import UserError
@@ -100,6 +102,13 @@ def test_an_attention_kernel_that_cannot_run_is_refused_before_the_model_is_buil
     config.model.language_model.attention = "varlen"
     with pytest.raises(UserError, match=r"model.language_model.attention=varlen cannot run here \(.*\): choose auto"):
         build_engine(config, Topology())
+
+
+def test_a_start_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start that is killed while it compiles would hang every later one."""
+    builder = type(get_accelerator().create_op_builder("ShareMemCommBuilder"))
+    monkeypatch.setattr(builder, "load", lambda _: pytest.fail("it would compile an all-reduce"))
+    assert build_shm_op() is None
 
 
 def test_determinism_does_not_fill_buffers() -> None:

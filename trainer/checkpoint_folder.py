@@ -14,6 +14,7 @@ import logging
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,27 @@ PARTIAL, REMOVED = ".partial", ".removed"
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class SavedState:
+    """What is in state.json. state: the caller's dict. permanent: never pruned."""
+
+    step: int
+    dp_size: int
+    tp_size: int
+    permanent: bool
+    state: dict[str, Any]
+
+
 def checkpoint_path(run_folder: Path, step: int) -> Path:
     return run_folder / "checkpoints" / f"step-{step:08d}"
 
 
 def partial_path(final: Path) -> Path:
     return final.with_name(final.name + PARTIAL)
+
+
+def rank_state_path(folder: Path, rank: int) -> Path:
+    return folder / f"rank_state-{rank:05d}.json"
 
 
 def start_partial(final: Path) -> None:

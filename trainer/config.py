@@ -92,6 +92,7 @@ class ParallelConfig:
 @dataclass
 class CheckpointConfig:
     """every_steps, permanent_every_steps: 0 = never (a run that ends always leaves one). keep: rolling ones kept.
+    background: training goes on while the files are written; false = the step waits.
 
     resume: auto = from the newest whole checkpoint of the run folder | never = start anew, the folder must be empty.
     allow_changes: resume although the data order's fingerprint differs.
@@ -100,6 +101,7 @@ class CheckpointConfig:
     every_steps: int = 500
     keep: int = 2
     permanent_every_steps: int = 0
+    background: bool = True
     resume: str = "auto"
     allow_changes: bool = False
 

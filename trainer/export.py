@@ -27,9 +27,10 @@ from tqdm import tqdm
 
 from conf import UserError, run_cli
 from data_pipelines.tokenizer import Tokenizer
-from models.weights.fragment_files import write_json
+from models.weights.fragment_files import read_weights, write_json
 from models.weights.tensor_files import TensorToWrite, write_safetensors
-from trainer.checkpoint import SavedState, find_damage, find_latest, read_state, read_weights
+from trainer.checkpoint import read_state
+from trainer.checkpoint_folder import SavedState, find_damage, find_latest
 from trainer.run_folder import has_tokenizer
 
 FORMAT = 1

@@ -31,13 +31,15 @@ from models.objective import effective_rank
 from trainer import run_folder
 from trainer.check import check
 from trainer.checkpoint import load_imported
+from trainer.checkpoint_writer import CheckpointWriter
 from trainer.config import PretrainConfig, fill_vocabulary, register_schemas, to_dataclass, validate
 from trainer.diagnostics import collapse_metrics, loss_metrics
 from trainer.engine import build_engine, init_distributed, set_process_options
 from trainer.loop import StepResult, fetch, fill_of, training_step
 from trainer.monitor import Monitor, quiet_libraries
-from trainer.state import TrainState, due, find_checkpoint, from_rank_0, resume, sample_counts, save
-from trainer.stop import STOPPED_BY_SIGNAL, StopRequest
+from trainer.saving import Saver
+from trainer.state import TrainState, begin_save, due, find_checkpoint, from_rank_0, resume, sample_counts
+from trainer.stop import STOPPED_BY_SIGNAL, StopRequest, any_rank
 from trainer.topology import Topology
 
 SPEAKING_S = 2.0
@@ -110,15 +112,26 @@ def run_steps(
         unreachable_log=Path(config.run_dir, "unreachable.jsonl") if topology.tp_rank == 0 else None,
     )
     stream = iter(loader)
-    first_step, saved_step = state.step, state.step
+    first_step = state.step
     last_step = min(config.total_steps, config.stop_after_step or config.total_steps)
-    while state.step < last_step and not stop.agreed(topology, engine.device):
+    run_dir, writer = Path(config.run_dir), CheckpointWriter(Path(config.run_dir), topology)
+
+    def begin() -> None:
+        begin_save(writer, config, engine, state, order, sources, topology)
+
+    def failed(step: int, sentence: str) -> None:
+        if monitor is not None:
+            monitor.event("checkpoint_failed", step, reason=sentence)
+
+    saver = Saver(run_dir, config.checkpoint, topology, writer, begin, failed, first_step)
+    while state.step < last_step:
+        is_asked, is_writing = any_rank([stop.is_asked(), writer.is_writing], topology, engine.device)
+        saver.poll(is_writing)
+        if is_asked:
+            break
         one_step(config, engine, stream, state, topology, monitor, sources)
-        if due(state.step, config.checkpoint.every_steps) or due(state.step, config.checkpoint.permanent_every_steps):
-            save(config, engine, state, order, sources, topology)
-            saved_step = state.step
-    if saved_step < state.step:
-        save(config, engine, state, order, sources, topology)
+        saver.after_step(state.step)
+    saver.last(state.step)
     if state.step < last_step:
         return STOPPED_BY_SIGNAL, f"stopped by a signal after step {state.step}"
     return 0, f"trained from step {first_step} to {state.step} of {config.total_steps}"

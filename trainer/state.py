@@ -15,7 +15,9 @@ from deepspeed import DeepSpeedEngine
 
 from conf import UserError
 from data_pipelines.document import Batch, Cursor
-from trainer.checkpoint import find_latest, load_checkpoint, prune, read_rank_state, read_state, save_checkpoint
+from trainer.checkpoint import load_checkpoint, read_rank_state, read_state
+from trainer.checkpoint_folder import find_latest
+from trainer.checkpoint_writer import CheckpointWriter
 from trainer.config import CheckpointConfig, PretrainConfig
 from trainer.diagnostics import TargetVariance
 from trainer.topology import Topology
@@ -77,18 +79,16 @@ def sample_counts(state: TrainState, topology: Topology) -> dict[str, dict[str, 
     }
 
 
-def save(
+def begin_save(
+    writer: CheckpointWriter,
     config: PretrainConfig,
     engine: DeepSpeedEngine,
     state: TrainState,
     order: dict[str, str],
     sources: list[str],
     topology: Topology,
-) -> Path:
-    """Write a checkpoint of `state` and remove rolling ones beyond checkpoint.keep. Collective.
-
-    sources: their names in the order of the cursors.
-    """
+) -> None:
+    """Begin to write a checkpoint of `state`. Collective. sources: their names in the order of the cursors."""
     cursors: list[Any] = [state.cursors]
     if topology.dp_size > 1:
         cursors = [None] * topology.dp_size
@@ -103,10 +103,22 @@ def save(
         "config": asdict(config),
     }
     permanent = due(state.step, config.checkpoint.permanent_every_steps)
-    own = {"torch_rng": torch.get_rng_state().numpy().tobytes().hex()}
-    path = save_checkpoint(Path(config.run_dir), engine, topology, state.step, shared, own, permanent)
-    from_rank_0(topology, lambda: prune(Path(config.run_dir), config.checkpoint.keep))
-    return path
+    writer.start(engine, state.step, shared, random_states(), permanent)
+
+
+def random_states() -> dict[str, str]:
+    """Of this rank, as JSON keeps them."""
+    states = {"torch_rng": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda_rng"] = torch.cuda.get_rng_state()
+    return {name: state.numpy().tobytes().hex() for name, state in states.items()}
+
+
+def restore_random_states(saved: dict[str, str]) -> None:
+    setters = {"torch_rng": torch.set_rng_state, "cuda_rng": torch.cuda.set_rng_state}
+    for name, state in saved.items():
+        if name == "torch_rng" or torch.cuda.is_available():
+            setters[name](torch.frombuffer(bytearray.fromhex(state), dtype=torch.uint8))
 
 
 def due(step: int, every: int) -> bool:
@@ -140,7 +152,7 @@ def resume(
     load_checkpoint(path, engine, topology)
     own = read_rank_state(path, topology)
     if own is not None:
-        torch.set_rng_state(torch.frombuffer(bytearray.fromhex(own["torch_rng"]), dtype=torch.uint8))
+        restore_random_states(own)
     weights = {name: config.data.sources[name].weight for name in sources}
     return _restore(saved.step, saved.state, weights, changes, topology)
 

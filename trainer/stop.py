@@ -27,14 +27,17 @@ class StopRequest:
             os._exit(128 + number)
         self.received = number
 
-    def agreed(self, topology: Topology, device: torch.device) -> bool:
-        """Whether any rank was asked: signals reach ranks at different times, and all must stop at the same step."""
-        asked = bool(self.received) or _launcher_is_gone()
-        if topology.world_size == 1:
-            return asked
-        flag = torch.tensor([int(asked)], device=device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag.item())
+    def is_asked(self) -> bool:
+        return bool(self.received) or _launcher_is_gone()
+
+
+def any_rank(flags: list[bool], topology: Topology, device: torch.device) -> list[bool]:
+    """Which flags any rank has set: a signal, say, reaches ranks at different times, and all must stop at one step."""
+    if topology.world_size == 1:
+        return flags
+    votes = torch.tensor(flags, dtype=torch.int32, device=device)
+    dist.all_reduce(votes, dist.ReduceOp.MAX)
+    return [bool(vote) for vote in votes.tolist()]
 
 
 def _launcher_is_gone() -> bool:

@@ -27,7 +27,8 @@ from conf import UserError, run_cli
 from data_pipelines.inspecting.packed_rows import ShownRow
 from data_pipelines.inspecting.preview import template_environment
 from models.weights.fragment_files import FragmentReader
-from trainer.checkpoint import find_latest, read_state
+from trainer.checkpoint import read_state
+from trainer.checkpoint_folder import find_latest
 from trainer.config import PretrainConfig
 from trainer.monitor import read_metrics
 

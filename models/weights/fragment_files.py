@@ -10,19 +10,18 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from conf import UserError
 from models.weights.fragments import Fragment, copy_overlap, overlaps, whole
-from models.weights.tensor_files import open_to_write
+from models.weights.tensor_files import Digest, TensorToWrite, open_to_write, write_safetensors
 
 WEIGHT = "weight"
 
@@ -47,22 +46,31 @@ def write_json(path: Path, content: Any) -> None:
         os.fsync(file.fileno())
 
 
-def write_fragments(folder: Path, rank: int, values: Iterable[FragmentValues]) -> list[Path]:
-    """Write one rank's two files and flush them to the disk; returns their paths."""
-    tensors: dict[str, Tensor] = {}
-    entries = []
-    for value in values:
-        entries.append(asdict(value.fragment) | {"tensors": list(value.tensors), "num_updates": value.num_updates})
-        for kind, tensor in value.tensors.items():
-            # A copy of its own: safetensors refuses views that share memory, and bf16 (frozen) weights become fp32.
-            copied = torch.empty(tensor.shape, dtype=torch.float32).copy_(tensor)
-            tensors[fragment_key(value.fragment.name, kind)] = copied
+def write_fragments(
+    folder: Path, rank: int, values: Sequence[FragmentValues], digest: Digest | None = None
+) -> tuple[Path, Path]:
+    """Write one rank's two files and flush them to the disk; the paths of the data and of the index.
+
+    digest: fed with every byte of the data, so that they need not be read again.
+    """
+    entries = [
+        asdict(value.fragment) | {"tensors": list(value.tensors), "num_updates": value.num_updates} for value in values
+    ]
+    tensors = [
+        TensorToWrite(fragment_key(value.fragment.name, kind), tuple(tensor.shape), torch.float32, _in_fp32(tensor))
+        for value in values
+        for kind, tensor in value.tensors.items()
+    ]
     data, index = folder / f"fragments-{rank:05d}.safetensors", folder / f"fragments-{rank:05d}.json"
-    save_file(tensors, data)
-    with data.open("rb") as file:
-        os.fsync(file.fileno())
+    for _ in write_safetensors(data, tensors, {}, digest):
+        pass
     write_json(index, {"fragments": entries})
-    return [data, index]
+    return data, index
+
+
+def _in_fp32(tensor: Tensor) -> Callable[[], list[Tensor]]:
+    """A bf16 (frozen) weight becomes fp32 when its turn comes."""
+    return lambda: [tensor.detach().float().cpu()]
 
 
 class FragmentReader:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -102,6 +103,12 @@ def _bind(load: Callable[[str], Tensor], name: str) -> Callable[[], Tensor]:
     return lambda: load(name)
 
 
+class Digest(Protocol):
+    """A hash of hashlib."""
+
+    def update(self, content: bytes | memoryview, /) -> None: ...
+
+
 @dataclass(frozen=True)
 class TensorToWrite:
     """pieces: called when its turn comes; 1-D or more, of `dtype`, together the `shape`."""
@@ -125,10 +132,12 @@ def open_to_write(file: Path) -> Iterator[BinaryIO]:
         raise OSError(cause.errno, cause.strerror, str(file)) from error
 
 
-def write_safetensors(file: Path, tensors: Sequence[TensorToWrite], metadata: dict[str, str]) -> Iterator[str]:
-    """Write a .safetensors file, tensor after tensor; yields the name of each that is written.
+def write_safetensors(
+    file: Path, tensors: Sequence[TensorToWrite], metadata: dict[str, str], digest: Digest | None = None
+) -> Iterator[str]:
+    """Write a .safetensors file, tensor after tensor, to the disk; yields the name of each that is written.
 
-    The format: 8 bytes little-endian length of a JSON header, the header, the values.
+    The format: 8 bytes little-endian length of a JSON header, the header, the values. digest: fed with every byte.
     """
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
@@ -138,15 +147,23 @@ def write_safetensors(file: Path, tensors: Sequence[TensorToWrite], metadata: di
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
     with open_to_write(file) as out:
-        out.write(len(encoded).to_bytes(8, "little") + encoded)
+        _write(out, len(encoded).to_bytes(8, "little") + encoded, digest)
         for tensor in tensors:
-            _write_pieces(out, tensor)
+            _write_pieces(out, tensor, digest)
             yield tensor.name
+        out.flush()
+        os.fsync(out.fileno())
 
 
-def _write_pieces(out: BinaryIO, tensor: TensorToWrite) -> None:
+def _write_pieces(out: BinaryIO, tensor: TensorToWrite, digest: Digest | None) -> None:
     expected = out.tell() + torch.Size(tensor.shape).numel() * tensor.dtype.itemsize
     for piece in tensor.pieces():
         assert piece.dtype == tensor.dtype
-        out.write(piece.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+        _write(out, piece.detach().contiguous().view(-1).view(torch.uint8).numpy().data, digest)
     assert out.tell() == expected, f"the pieces of {tensor.name} are not of its shape"
+
+
+def _write(out: BinaryIO, content: bytes | memoryview, digest: Digest | None) -> None:
+    out.write(content)
+    if digest is not None:
+        digest.update(content)

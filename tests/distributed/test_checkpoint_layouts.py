@@ -15,10 +15,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.weights.fragment_files import FragmentReader
+from models.weights.fragment_files import FragmentReader, read_weights
 from models.weights.fragments import whole
 from tests.distributed.harness import run_distributed
-from trainer.checkpoint import load_checkpoint, read_weights, save_checkpoint
+from trainer.checkpoint import load_checkpoint
+from trainer.checkpoint_writer import save_checkpoint
 from trainer.engine_state import MOMENTS
 from trainer.topology import Topology
 

@@ -49,7 +49,8 @@ CASES = [pytest.param(*move, marks=() if move in COVER else pytest.mark.matrix) 
 
 def train(layout: Layout, topology: Topology, folder: Path, come_from: str | None) -> Run:
     """The first half of the steps, saved under the layout's name; or the second half, from what `come_from` saved."""
-    from trainer.checkpoint import load_checkpoint, save_checkpoint
+    from trainer.checkpoint import load_checkpoint
+    from trainer.checkpoint_writer import save_checkpoint
     from trainer.diagnostics import TargetVariance, loss_metrics
     from trainer.engine import build_engine, set_process_options
     from trainer.loop import training_step

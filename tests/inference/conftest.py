@@ -22,7 +22,7 @@ from megatron.core import parallel_state
 from data_pipelines.tokenizer import Tokenizer
 from models.config import CausalTransformerConfig, LanguageModelConfig, ModelConfig, ObjectiveConfig, VisionConfig
 from models.emu import Emu
-from trainer.checkpoint import save_checkpoint
+from trainer.checkpoint_writer import save_checkpoint
 from trainer.export import ExportConfig, export
 from trainer.topology import Topology
 

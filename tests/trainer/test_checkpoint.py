@@ -16,18 +16,12 @@ from safetensors import safe_open
 from torch import nn
 
 from conf import UserError
-from models.weights import fragment_files
+from models.weights import tensor_files
+from models.weights.fragment_files import read_weights
 from trainer import checkpoint_folder
-from trainer.checkpoint import (
-    find_damage,
-    find_latest,
-    load_checkpoint,
-    prune,
-    read_rank_state,
-    read_state,
-    read_weights,
-    save_checkpoint,
-)
+from trainer.checkpoint import load_checkpoint, read_rank_state, read_state
+from trainer.checkpoint_folder import find_damage, find_latest, prune
+from trainer.checkpoint_writer import save_checkpoint
 from trainer.topology import Topology
 
 ALONE = Topology()
@@ -207,7 +201,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
     for owner, name in ((os, "fsync"), (Path, "rename"), (Path, "replace"), (Path, "mkdir"), (shutil, "rmtree")):
         monkeypatch.setattr(owner, name, dying(name, getattr(owner, name)))
-    monkeypatch.setattr(fragment_files, "save_file", dying("save_file", fragment_files.save_file))
+    monkeypatch.setattr(tensor_files, "_write", dying("_write", tensor_files._write))
     return counter
 
 
@@ -262,7 +256,7 @@ def test_a_full_disk_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise OSError(28, "No space left on device")
 
     older = save(tmp_path, 1)
-    monkeypatch.setattr(fragment_files, "save_file", full)
+    monkeypatch.setattr(tensor_files, "_write", full)
     with pytest.raises(UserError, match=r"step-00000002 was not written \(rank 0: .*No space left"):
         save(tmp_path, 2)
     assert find_latest(tmp_path) == older

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from tests.distributed.harness import _free_port
 from tests.trainer.tiny_job import REPOSITORY, TIMEOUT_S, environment, history, overrides, run_command
-from trainer.checkpoint import find_damage
+from trainer.checkpoint_folder import find_damage
 from trainer.config import OptimConfig, compose_config
 from trainer.monitor import read_metrics
 from trainer.schedule import lr_factor

@@ -1,0 +1,94 @@
+"""When a run saves: at its intervals while training goes on, at its end, and again where a save has failed."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from conf import UserError
+from trainer.checkpoint_folder import prune
+from trainer.checkpoint_writer import CheckpointWriter
+from trainer.config import CheckpointConfig
+from trainer.state import due, from_rank_0
+from trainer.topology import Topology
+
+log = logging.getLogger(__name__)
+
+RETRY_STEPS = 20
+"""So many steps after a save that failed, the next one is tried."""
+LAST_TRIES, LAST_PAUSE_S = 4, 15.0
+"""Tries of the save at the end of a run, and the pause before each further one."""
+
+
+class Saver:
+    """All ranks call its methods in the same order, with the same steps.
+
+    begin: starts a checkpoint of the step it is called at. failed: told of (step, sentence) where one was not written.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: CheckpointConfig,
+        topology: Topology,
+        writer: CheckpointWriter,
+        begin: Callable[[], None],
+        failed: Callable[[int, str], None],
+        step: int,
+    ) -> None:
+        self._run_dir, self._config, self._topology = run_dir, config, topology
+        self._writer, self._begin, self._failed = writer, begin, failed
+        self._saved_step = self._begun_step = step
+        self._retry_at = 0
+
+    def after_step(self, step: int) -> None:
+        """Begin a checkpoint if one is due. Waits for the one before if that is still being written."""
+        intervals = (self._config.every_steps, self._config.permanent_every_steps)
+        if any(due(step, every) for every in intervals) or step == self._retry_at:
+            self._conclude()
+            self._start(step)
+            if not self._config.background:
+                self._conclude()
+
+    def poll(self, is_writing: bool) -> None:
+        """is_writing: whether any rank still writes. Makes a checkpoint that is written the latest."""
+        if not is_writing:
+            self._conclude()
+
+    def last(self, step: int) -> None:
+        """Leave a checkpoint of the last step. UserError if it cannot be written."""
+        self._conclude()
+        for number in range(1, LAST_TRIES + 1):
+            if self._saved_step == step:
+                return
+            if number > 1:
+                time.sleep(LAST_PAUSE_S)
+            self._start(step, is_last=number == LAST_TRIES)
+            self._conclude(is_last=number == LAST_TRIES)
+
+    def _start(self, step: int, is_last: bool = False) -> None:
+        self._begun_step = step
+        self._attempt(self._begin, is_last)
+
+    def _conclude(self, is_last: bool = False) -> None:
+        if self._writer.in_flight:
+            self._attempt(self._finish, is_last)
+
+    def _finish(self) -> None:
+        self._writer.finish()
+        self._saved_step = self._begun_step
+        from_rank_0(self._topology, lambda: prune(self._run_dir, self._config.keep))
+
+    def _attempt(self, action: Callable[[], None], is_last: bool) -> None:
+        """A save that fails harms neither the run nor the checkpoints before it."""
+        try:
+            action()
+        except UserError as error:
+            if is_last:
+                raise
+            self._retry_at = self._begun_step + RETRY_STEPS
+            self._failed(self._begun_step, str(error))
+            if self._topology.rank == 0:
+                log.warning("%s; trying again", error)

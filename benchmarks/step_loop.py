@@ -25,8 +25,8 @@ from trainer.config import PretrainConfig
 from trainer.engine import build_engine, init_distributed, parameter_groups, set_process_options
 from trainer.loop import count_step, model_inputs
 from trainer.monitor import Monitor, read_metrics
-from trainer.pretrain import one_step
 from trainer.state import TrainState
+from trainer.step import Job, one_step
 from trainer.topology import Topology
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
@@ -68,16 +68,18 @@ def measure_loop(config: PretrainConfig, num_turns: int) -> list[tuple[float, fl
         dp_size=topology.dp_size,
     )
     batches = iter(loader)
-    engine, state, stream = build_engine(config, topology), TrainState(), LastBatch(batches)
+    engine, stream = build_engine(config, topology), LastBatch(batches)
     bare = plain_torch(config, engine.device) if topology.world_size == 1 else driven_bare(engine)
     seconds = []
     with tempfile.TemporaryDirectory(prefix="bench-step-") as name:
         monitor = Monitor(Path(name), config.monitor, asdict(config), 1) if topology.rank == 0 else None
         title = f"loop, {topology.world_size} processes, ZeRO-{config.parallel.zero_stage}"
         silent = True if topology.rank else None
+        sizes = {name: index.num_samples for name, index in indexes.items()}
+        job = Job(config, engine, stream, TrainState(), topology, monitor, sizes)
         for _ in tqdm(range(num_turns + 1), desc=title, unit="turn", disable=silent):
             start = now()
-            one_step(config, engine, stream, state, topology, monitor, list(indexes))
+            one_step(job)
             ours = now() - start
             inputs = prepare(stream.batch, config, engine, topology)
             start = now()

@@ -9,7 +9,9 @@ from typing import NoReturn
 
 
 class UserError(Exception):
-    """Wrong input. The message is one sentence: what is wrong, where, and how to mend it."""
+    """Wrong input. The message is one sentence: what is wrong, where, and how to mend it. code: of the command's end"""
+
+    code = 2
 
 
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
@@ -24,7 +26,7 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
         if os.environ.get("EMU_TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr)
-        code = 2
+        code = error.code
     except OSError as error:
         if os.environ.get("EMU_TRACEBACK") or not error.strerror:  # libraries derive errors of other kinds from it
             raise

@@ -321,6 +321,6 @@ def _outlive_signals(rank_pid: int, _: int) -> None:
     What the rank has not yet collected is not theirs to collect: objects with threads would wait for them for ever.
     """
     gc.freeze()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     end_with_parent(rank_pid)

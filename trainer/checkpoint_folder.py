@@ -113,12 +113,15 @@ def find_damage(path: Path, digests: bool = True) -> str | None:
         return next((damage for damage in (check.result() for check in bar) if damage), None)
 
 
-def find_latest(run_folder: Path) -> Path | None:
+def find_latest(run_folder: Path, before: int | None = None) -> Path | None:
     """The whole checkpoint to resume from: the one `latest` names, else the next older, else any.
 
-    Damaged ones are named in a warning. Reads every byte of what it returns, so call it on one rank only.
+    before: only of an earlier step than this. Damaged ones are named in a warning. Reads every byte of what it
+    returns, so call it on one rank only.
     """
     for path in _candidates(run_folder / "checkpoints"):
+        if before is not None and int(path.name[5:]) >= before:
+            continue
         damage = find_damage(path)
         if damage is None:
             return path

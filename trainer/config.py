@@ -35,6 +35,14 @@ LEAST = {
     "checkpoint.permanent_every_steps": 0,
     "checkpoint.keep": 1,
     "monitor.log_every_steps": 1,
+    "monitor.profile_step": 0,
+    "guard.spike_deviations": 0,
+    "guard.spike_share": 0,
+    "guard.history_steps": 2,
+    "guard.patience": 1,
+    "guard.max_rollbacks": 0,
+    "guard.hang_minutes": 0,
+    "stop_after_minutes": 0,
 }
 SHARES = ("optim.beta1", "optim.beta2", "optim.warmup_ratio", "optim.min_lr_ratio")
 
@@ -107,8 +115,30 @@ class CheckpointConfig:
 
 
 @dataclass
+class GuardConfig:
+    """What a run does about steps that must not count, and about ranks that stand still (trainer/guards.py).
+
+    A step whose loss or gradient is not a number is thrown away. So is one whose text loss is spike_deviations standard
+    deviations, and spike_share of the mean, above the mean of about the last history_steps; spike_deviations=0: never.
+    patience: after so many in a row the run takes the weights of the last checkpoint before them and passes over the
+    data since. max_rollbacks: of those to one checkpoint, before the run gives up.
+    hang_minutes: a step, or a phase between steps, that takes longer ends the run with every rank's stack written
+    down, 0 = never; what comes before the first step has parallel.timeout_minutes.
+    """
+
+    spike_deviations: float = 8.0
+    spike_share: float = 0.5
+    history_steps: int = 100
+    patience: int = 3
+    max_rollbacks: int = 3
+    hang_minutes: float = 10.0
+
+
+@dataclass
 class MonitorConfig:
     """log_every_steps: console and wandb. wandb: offline | online | disabled.
+
+    profile_step: a profile of this step is written into the run folder, 0 = none; USR2 to a rank asks for one too.
 
     collapse_spread: alarm when the visual embeddings' standard deviation across images falls below this share of their
     root mean square.
@@ -118,6 +148,7 @@ class MonitorConfig:
     wandb: str = "offline"
     wandb_project: str = "emu"
     collapse_spread: float = 0.02
+    profile_step: int = 0
 
 
 @dataclass
@@ -134,11 +165,15 @@ class InitConfig:
 
 @dataclass
 class PretrainConfig:
-    """run_dir: what the run writes. total_steps: length of the schedule. stop_after_step: end early, 0 = do not."""
+    """run_dir: what the run writes. total_steps: length of the schedule. stop_after_step: end early, 0 = do not.
+
+    stop_after_minutes: since the start of this attempt; then as after a signal, 0 = do not.
+    """
 
     run_dir: str = MISSING
     total_steps: int = 10_000
     stop_after_step: int = 0
+    stop_after_minutes: float = 0.0
     seed: int = 0
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -146,6 +181,7 @@ class PretrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     init: InitConfig = field(default_factory=InitConfig)
 

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from models.config import ObjectiveConfig
 from models.objective import spread_across_images
+from trainer.topology import Topology
 
 NOT_SUMMED = ("loss", "embedding_sample")
 VARIANCE_DECAY = 0.9
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What all ranks know of a step. offenders: ranks whose sums are not finite; flags: which of them any rank set."""
+
+    offenders: list[int]
+    flags: list[bool]
 
 
 @dataclass
@@ -30,16 +39,28 @@ class StepSums:
             if name not in NOT_SUMMED:
                 self.values[name] = self.values[name] + value if name in self.values else value.clone()
 
-    def reduce(self, group: ProcessGroup | None) -> None:
-        """Sum over the group in one collective, and bring the result to the host (the one read of a step)."""
+    def reduce(self, flags: Sequence[bool], topology: Topology) -> Agreement:
+        """Sum over the data-parallel ranks, and learn what any rank of the world has to say: one collective, and the
+        one read of a step from the device. Sums that are not finite are left out; their ranks are named."""
         vector = torch.cat([value.flatten().double() for value in self.values.values()])
-        dist.all_reduce(vector, group=group)
-        parts = vector.cpu().split([value.numel() for value in self.values.values()])
+        is_finite = vector.isfinite().all()
+        counts = is_finite & (topology.tp_rank == 0)  # a tensor-parallel group computes the same sums
+        marks = vector.new_zeros(topology.world_size)
+        marks[topology.rank] = ~is_finite
+        asked = torch.tensor(flags, dtype=vector.dtype, device=vector.device)
+        whole = torch.cat([torch.where(counts, vector, 0.0), marks, asked])
+        if topology.world_size > 1:
+            dist.all_reduce(whole)
+        vector, marks, asked = whole.cpu().split([len(vector), len(marks), len(asked)])
+        parts = vector.split([value.numel() for value in self.values.values()])
         shapes = [value.shape for value in self.values.values()]
         self.values = {name: part.view(shape) for name, part, shape in zip(self.values, parts, shapes, strict=True)}
+        return Agreement(marks.nonzero().flatten().tolist(), (asked > 0).tolist())
 
-    def finite(self) -> bool:
-        return all(bool(value.isfinite().all()) for value in self.values.values())
+    def text_loss(self) -> float | None:
+        """Mean over the targets of the step; None if it has none."""
+        targets = self.values["text_targets"].sum()
+        return float(self.values["text_loss"].sum() / targets) if targets else None
 
     def image_variance(self) -> tuple[Tensor, Tensor]:
         """Variance across images and mean square of the visual embeddings, per slot [N]."""

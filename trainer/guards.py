@@ -1,11 +1,20 @@
-"""What is no honest step: a loss or gradient that is not a number, or a loss that jumps. All ranks judge the same sums."""
+"""Steps that must not count: a loss or gradient that is not a number, or a loss that jumps. All ranks judge alike."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from trainer.config import GuardConfig
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a step was thrown away. ranks: those whose own micro-batches show it; () where only their sum does."""
+
+    reason: str
+    ranks: tuple[int, ...] = ()
 
 
 @dataclass
@@ -20,7 +29,7 @@ class LossHistory:
         """Whether the loss is far above what it was lately; never before there is a history."""
         if not config.spike_deviations or self.num_steps < config.history_steps:
             return False
-        room = max(config.spike_deviations * math.sqrt(self.variance), config.spike_least * abs(self.mean))
+        room = max(config.spike_deviations * math.sqrt(self.variance), config.spike_share * abs(self.mean))
         return loss > self.mean + room
 
     def update(self, loss: float, config: GuardConfig) -> None:
@@ -32,3 +41,14 @@ class LossHistory:
 
     def saved(self) -> dict[str, float]:
         return asdict(self)
+
+
+def judge(
+    offenders: Sequence[int], text_loss: float | None, history: LossHistory, config: GuardConfig
+) -> Problem | None:
+    """offenders: ranks with a loss that is not a number; text_loss: mean of the step, None without text targets."""
+    if offenders:
+        return Problem("loss is not a number", tuple(offenders))
+    if text_loss is not None and history.is_spike(text_loss, config):
+        return Problem(f"text loss jumped from {history.mean:.4f} to {text_loss:.4f}")
+    return None

@@ -1,12 +1,11 @@
-"""The training loop: fetch, count targets, forward and backward, reduce, step, log, checkpoint."""
+"""A training step: count targets, forward and backward, agree with all ranks, update or throw the step away."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +17,10 @@ from data_pipelines.document import Batch
 from models.objective import find_targets
 from trainer.config import PretrainConfig
 from trainer.diagnostics import StepSums
+from trainer.discard import discard_step
+from trainer.gradient_norms import PartNorms, part_of_group
+from trainer.guards import Problem, judge
+from trainer.phases import Phases
 from trainer.schedule import image_weight, lr_factor
 from trainer.state import TrainState
 from trainer.topology import Topology
@@ -46,68 +49,107 @@ class StepCounts:
 
 @dataclass
 class StepResult:
+    """grad_norm: before clipping; None where the step was thrown away without one. flags: those that any rank set.
+
+    problem: why the step was thrown away; the same on all ranks.
+    """
+
     counts: StepCounts
     sums: StepSums
-    grad_norm: float
+    grad_norm: float | None
+    flags: list[bool]
+    problem: Problem | None
+
+
+@dataclass
+class Instruments:
+    """What watches a step from the side. norms: None = the parts' norms are not kept."""
+
+    phases: Phases = field(default_factory=Phases)
+    norms: PartNorms | None = None
 
 
 def training_step(
-    engine: DeepSpeedEngine, batches: list[Batch], state: TrainState, config: PretrainConfig, topology: Topology
+    engine: DeepSpeedEngine,
+    batches: list[Batch],
+    state: TrainState,
+    config: PretrainConfig,
+    topology: Topology,
+    flags: Sequence[bool] = (),
+    instruments: Instruments | None = None,
 ) -> StepResult:
     """One optimizer step over the micro-batches of this rank.
 
     Both losses are sums over targets divided by the global number of targets, so the gradient does not depend on how
     rows are spread over ranks and micro-batches. DeepSpeed averages over the data-parallel ranks: hence dp_size.
+    flags: for all ranks to know in the result; every rank gives as many.
     """
-    agree_on_failures(batches, topology, engine.device)
-    inputs = [model_inputs(batch, engine.device) for batch in batches]
-    counts = count_step(batches, inputs, config, topology)
+    instruments = instruments or Instruments()
+    phases = instruments.phases
+    with phases("prepare"):
+        agree_on_failures(batches, topology, engine.device)
+        inputs = [model_inputs(batch, engine.device) for batch in batches]
+        counts = count_step(batches, inputs, config, topology)
     text_scale = topology.dp_size * config.objective.text_weight / max(1, counts.text_targets)
     weight = image_weight(state.step, config.objective) * state.variance.factor(config.objective)
     image_scale = topology.dp_size * weight / max(1, counts.image_targets)
 
     sums = StepSums()
     for number, micro_batch in enumerate(inputs, start=1):
-        outputs = engine(**micro_batch, text_scale=text_scale, image_scale=image_scale)
-        # A new tensor: at ZeRO-0 DeepSpeed's hook on the module's own output divides by the accumulation steps anyway.
-        engine.backward(outputs["loss"] * 1.0, scale_wrt_gas=False)
+        with phases("forward"):
+            outputs = engine(**micro_batch, text_scale=text_scale, image_scale=image_scale)
+        with phases("backward"):
+            # A new tensor: at ZeRO-0 DeepSpeed's hook on the module's own output divides by the accumulation steps.
+            engine.backward(outputs["loss"] * 1.0, scale_wrt_gas=False)
         sums.add(outputs)
         if number < len(inputs):
             engine.step()  # DeepSpeed counts micro-batches here; only the last call updates
-    sums.reduce(topology.dp_group)
-    if not sums.finite():
-        raise _not_finite("loss", state.step + 1)
+    with phases("agree"):
+        agreed = sums.reduce(flags, topology)
+    text_loss = sums.text_loss()
+    problem = judge(agreed.offenders, text_loss, state.history, config.guard)
     _set_learning_rates(engine, lr_factor(state.step, config.total_steps, config.optim))
-    unwrapped_norm = _norm_without_zero(engine, topology)
-    engine.step()
-    norm = unwrapped_norm if unwrapped_norm is not None else float(engine.get_global_grad_norm())
-    if not math.isfinite(norm):  # ZeRO-0 has spoilt the weights by now, the other stages have left them as they were
-        raise _not_finite("gradient", state.step + 1)
-    state.variance.update(sums)
-    state.step += 1
-    return StepResult(counts, sums, norm)
+    with phases("optimizer"):
+        norm = None if problem else _update(engine, topology, instruments.norms)
+        if problem:
+            discard_step(engine)
+    if norm is not None and not math.isfinite(norm):
+        problem = Problem("gradient is not a number")
+    state.count_step(text_loss, sums, problem, config.guard)
+    return StepResult(counts, sums, norm, agreed.flags, problem)
 
 
-def _not_finite(what: str, step: int) -> UserError:
-    return UserError(
-        f"the {what} of step {step} is not finite: look at the last lines of metrics.jsonl, lower optim.*_lr or "
-        "optim.grad_clip, and go on from the last checkpoint with the same command"
-    )
-
-
-def _norm_without_zero(engine: DeepSpeedEngine, topology: Topology) -> float | None:
-    """Gradient norm before clipping at ZeRO-0 in fp32, where DeepSpeed does not keep it; None where it does."""
+def _update(engine: DeepSpeedEngine, topology: Topology, norms: PartNorms | None) -> float:
+    """Gradient norm before clipping. Where it is not finite, weights and optimizer stay as they are."""
     if engine.zero_optimization_stage() > 0 or engine.bfloat16_enabled():
-        return None
-    whole, sharded = (torch.zeros((), dtype=torch.float64, device=engine.device) for _ in range(2))
-    for parameter in engine.module.parameters():
-        if parameter.grad is not None:
-            rows = torch.linalg.vector_norm(parameter.grad, dim=-1)  # fp64 throughout takes ten times as long
-            square = torch.linalg.vector_norm(rows, dtype=torch.float64) ** 2
-            (sharded if getattr(parameter, "tensor_model_parallel", False) else whole).add_(square)
+        engine.step()
+        return float(engine.get_global_grad_norm())
+    squares = _squared_norms(engine, topology)
+    if norms is not None:
+        norms.squares = squares
+    norm = float(sum(squares.values())) ** 0.5
+    if math.isfinite(norm):
+        engine.step()
+    else:
+        discard_step(engine)
+    return norm
+
+
+def _squared_norms(engine: DeepSpeedEngine, topology: Topology) -> dict[str, torch.Tensor]:
+    """Of the gradient by part of the model, at ZeRO-0 in fp32, where DeepSpeed does not keep the norm."""
+    parts = {part_of_group(group["name"]): number for number, group in enumerate(engine.optimizer.param_groups)}
+    whole, sharded = torch.zeros(2, 1 + max(parts.values()), dtype=torch.float64, device=engine.device)
+    for group in engine.optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                rows = torch.linalg.vector_norm(parameter.grad, dim=-1)  # fp64 throughout takes ten times as long
+                square = torch.linalg.vector_norm(rows, dtype=torch.float64) ** 2
+                is_sharded = getattr(parameter, "tensor_model_parallel", False)
+                (sharded if is_sharded else whole)[parts[part_of_group(group["name"])]] += square
     if topology.tp_size > 1:
         dist.all_reduce(sharded, group=topology.tp_group)
-    return float((whole + sharded).sqrt())
+    squares = (whole + sharded).cpu()
+    return {part: squares[number] for part, number in parts.items()}
 
 
 def model_inputs(batch: Batch, device: torch.device) -> dict[str, Any]:
@@ -188,10 +230,9 @@ def samples_digest(batch: Batch) -> int:
     return sum(int.from_bytes(digest, "big") for digest in digests)
 
 
-def fetch(stream: Iterator[Batch], number: int) -> tuple[list[Batch], float]:
-    """The micro-batches of a step, and the seconds that the loop waited for them."""
-    start = time.perf_counter()
-    return [next(stream) for _ in range(number)], time.perf_counter() - start
+def fetch(stream: Iterator[Batch], number: int) -> list[Batch]:
+    """The micro-batches of a step."""
+    return [next(stream) for _ in range(number)]
 
 
 def fill_of(batches: list[Batch], max_images_per_row: int) -> dict[str, float]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from trainer.config import MonitorConfig
+from trainer.guards import Problem
 
 log = logging.getLogger(__name__)
 RECOVERY = 1.5
@@ -46,7 +47,7 @@ class Monitor:
         log.warning("from step %d on the data order is another: %s", step + 1, "; ".join(changes))
 
     def step(self, step: int, total_steps: int, values: dict[str, Any]) -> None:
-        self.metrics.write(json.dumps({"attempt": self.attempt, "step": step, **values}) + "\n")
+        self.metrics.write(json.dumps({"attempt": self.attempt, "step": step, "time": time.time(), **values}) + "\n")
         if "embedding_spread" in values:
             self.watch_collapse(step, values["embedding_spread"])
         if step % self.config.log_every_steps:
@@ -54,7 +55,7 @@ class Monitor:
         shown = "  ".join(f"{name} {values[name]:.4f}" for name in CONSOLE if values.get(name) is not None)
         left = self.time_left(step, total_steps)
         print(f"step {step}/{total_steps}  {shown}  {values['seconds/step']:.2f} s, {left} left", flush=True)
-        self.send({name: value for name, value in values.items() if not isinstance(value, list)}, step)
+        self.send(flat(values), step)
 
     def time_left(self, step: int, total_steps: int) -> str:
         """At the mean pace of this attempt, checkpoints and all."""
@@ -76,6 +77,12 @@ class Monitor:
     def event(self, kind: str, step: int, **facts: Any) -> None:
         self.events.write(json.dumps({"attempt": self.attempt, "step": step, "event": kind, **facts}) + "\n")
 
+    def discarded(self, step: int, problem: Problem, keys: list[Any]) -> None:
+        """keys: of the samples that the first of the problem's ranks was training on."""
+        self.event("step_discarded", step, reason=problem.reason, ranks=list(problem.ranks), keys=keys)
+        where = f" on rank {', '.join(map(str, problem.ranks))}" if problem.ranks else ""
+        log.warning("step %d was thrown away: %s%s", step, problem.reason, where)
+
     def watch_collapse(self, step: int, spread: float) -> None:
         """One alarm when the embeddings fall together, one message when they are clearly apart again."""
         limit = self.config.collapse_spread * (RECOVERY if self.collapsed else 1.0)
@@ -93,6 +100,17 @@ class Monitor:
         if self.wandb is not None:
             with contextlib.suppress(Exception):
                 self.wandb.finish()
+
+
+def flat(values: dict[str, Any]) -> dict[str, Any]:
+    """What wandb draws: numbers by name, those of a dict as name/key; lists and what is missing are left out."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            found |= {f"{name}/{key}": number for key, number in value.items()}
+        elif value is not None and not isinstance(value, list):
+            found[name] = value
+    return found
 
 
 def open_lines(path: Path) -> IO[str]:

@@ -12,49 +12,48 @@ import trainer  # noqa: F401 # quiets the libraries, which run as a script would
 import os
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import hydra
 import torch.distributed as dist
-from deepspeed import DeepSpeedEngine
 from omegaconf import DictConfig
 
 from conf import UserError, run_cli
 from conf.composing import CONF_DIR
-from data_pipelines.document import Batch
 from data_pipelines.loader import Loader, fingerprint, open_indexes
 from data_pipelines.tokenizer import Tokenizer
-from models.objective import effective_rank
 from trainer import run_folder
 from trainer.check import check
 from trainer.checkpoint import load_imported
 from trainer.checkpoint_writer import CheckpointWriter
 from trainer.config import PretrainConfig, fill_vocabulary, register_schemas, to_dataclass, validate
-from trainer.diagnostics import collapse_metrics, loss_metrics
+from trainer.endings import as_user_error, lost_connection
 from trainer.engine import build_engine, init_distributed, set_process_options
-from trainer.loop import StepResult, fetch, fill_of, training_step
 from trainer.monitor import Monitor, quiet_libraries
+from trainer.profiling import Profiler
+from trainer.rollback import roll_back
 from trainer.saving import Saver
-from trainer.state import TrainState, begin_save, due, find_checkpoint, from_rank_0, resume, sample_counts
-from trainer.stop import STOPPED_BY_SIGNAL, StopRequest, any_rank
+from trainer.state import TrainState, begin_save, find_checkpoint, from_rank_0, resume
+from trainer.step import Job, one_step
+from trainer.stop import STOPPED_BY_SIGNAL, StopRequest
 from trainer.topology import Topology
+from trainer.watchdog import Watchdog
 
 SPEAKING_S = 2.0
 """So long the other ranks wait for rank 0 to say what is wrong: launchers kill all ranks when one has ended."""
 
 
 def train(config: PretrainConfig) -> int:
-    """Run the job to total_steps, stop_after_step or a signal. Returns the exit code."""
+    """Run the job to total_steps, stop_after_step, a signal or the time limit. Returns the exit code."""
     tokenizer = fill_vocabulary(config)
     set_process_options(config.parallel, config.seed)
     topology = init_distributed(config.parallel)
     validate(config, topology.dp_size)
     run_dir = Path(config.run_dir)
     attempt = from_rank_0(topology, lambda: run_folder.start_attempt(run_dir))
-    stop = StopRequest()  # before the launcher can find this process and signal it
+    stop = StopRequest(config.stop_after_minutes)  # before the launcher can find this process and signal it
     run_folder.write_pid(run_dir, topology.rank)
     monitor = None
     if topology.rank == 0:
@@ -62,12 +61,15 @@ def train(config: PretrainConfig) -> int:
         monitor = Monitor(run_dir, config.monitor, asdict(config), attempt)
     try:
         code, reason = run_steps(config, tokenizer, topology, monitor, stop)
-    except (UserError, RuntimeError) as error:
+    except Exception as error:
         # All ranks may find the same, or one rank's end breaks the collectives of the others: one of them says why.
-        first = isinstance(error, UserError) and run_folder.write_exit(run_dir, 2, str(error))
-        if not first and run_folder.has_ended(run_dir):
+        known = as_user_error(error, topology)
+        if lost_connection(error) and run_folder.has_ended(run_dir):
             raise SystemExit(2) from error
-        raise
+        code, sentence = (known.code, str(known)) if known else (1, f"rank {topology.rank}: {error!r}")
+        if not run_folder.write_exit(run_dir, code, sentence) and known:
+            raise SystemExit(code) from error
+        raise known or error from error
     finally:
         if monitor is not None:
             monitor.close()
@@ -111,65 +113,42 @@ def run_steps(
         cursors=state.cursors,
         unreachable_log=Path(config.run_dir, "unreachable.jsonl") if topology.tp_rank == 0 else None,
     )
-    stream = iter(loader)
     first_step = state.step
     last_step = min(config.total_steps, config.stop_after_step or config.total_steps)
     run_dir, writer = Path(config.run_dir), CheckpointWriter(Path(config.run_dir), topology)
 
     def begin() -> None:
+        state.rollbacks = 0
         begin_save(writer, config, engine, state, order, sources, topology)
 
-    def failed(step: int, sentence: str) -> None:
+    def tell(kind: str, step: int, **facts: Any) -> None:
         if monitor is not None:
-            monitor.event("checkpoint_failed", step, reason=sentence)
+            monitor.event(kind, step, **facts)
 
-    saver = Saver(run_dir, config.checkpoint, topology, writer, begin, failed, first_step)
-    while state.step < last_step:
-        is_asked, is_writing = any_rank([stop.is_asked(), writer.is_writing], topology, engine.device)
-        saver.poll(is_writing)
-        if is_asked:
-            break
-        one_step(config, engine, stream, state, topology, monitor, sources)
-        saver.after_step(state.step)
-    saver.last(state.step)
+    epoch_sizes = {name: index.num_samples for name, index in indexes.items()}
+    job = Job(config, engine, iter(loader), state, topology, monitor, epoch_sizes)
+    saver = Saver(run_dir, config.checkpoint, topology, writer, begin, tell, first_step)
+    profiler = Profiler(run_dir, topology.rank, config.monitor.profile_step)
+    watchdog = Watchdog(run_dir, topology, job.instruments.phases, 60 * config.guard.hang_minutes)
+    is_asked = False
+    while state.step < last_step and not is_asked:
+        with profiler.around(state.step + 1):
+            is_asked, is_writing = one_step(job, [stop.is_asked(), writer.is_writing])
+        watchdog.beat()
+        with job.instruments.phases("checkpoint"):
+            saver.poll(is_writing)
+            if state.bad_steps >= config.guard.patience:
+                saver.conclude()
+                back = roll_back(config, engine, state, topology)
+                tell("rollback", state.step, to_step=back, passed_over=[back + 1, state.step])
+            saver.after_step(state.step)
+        watchdog.beat()
+    with job.instruments.phases("checkpoint"):
+        saver.last(state.step)
+    watchdog.stop()
     if state.step < last_step:
-        return STOPPED_BY_SIGNAL, f"stopped by a signal after step {state.step}"
+        return STOPPED_BY_SIGNAL, f"stopped {stop.reason} after step {state.step}"
     return 0, f"trained from step {first_step} to {state.step} of {config.total_steps}"
-
-
-def one_step(
-    config: PretrainConfig,
-    engine: DeepSpeedEngine,
-    stream: Iterator[Batch],
-    state: TrainState,
-    topology: Topology,
-    monitor: Monitor | None,
-    source_names: list[str],
-) -> None:
-    """Fetch, train and record one step."""
-    start = time.perf_counter()
-    batches, waited = fetch(stream, engine.gradient_accumulation_steps())
-    result = training_step(engine, batches, state, config, topology)
-    state.record(batches)
-    timing = {"seconds/step": time.perf_counter() - start, "seconds/data_wait": waited}
-    counts = sample_counts(state, topology) if due(state.step, config.monitor.log_every_steps) else {}
-    if monitor is not None:
-        rates = {f"lr/{g['name']}": g["lr"] for g in engine.optimizer.param_groups if g["weight_decay"]}
-        fill = fill_of(batches, config.data.max_images_per_row)
-        monitor.step(
-            state.step, config.total_steps, {**step_metrics(result, source_names), **rates, **fill, **timing, **counts}
-        )
-
-
-def step_metrics(result: StepResult, source_names: list[str]) -> dict[str, Any]:
-    sample = result.sums.embedding_sample
-    return {
-        **loss_metrics(result.sums, source_names),
-        **collapse_metrics(result.sums),
-        "effective_rank": effective_rank(sample) if sample is not None and len(sample) > 1 else None,
-        "grad_norm": result.grad_norm,
-        **asdict(result.counts),
-    }
 
 
 @hydra.main(config_path=CONF_DIR, config_name="pretrain", version_base="1.3")

@@ -25,7 +25,7 @@ LAST_TRIES, LAST_PAUSE_S = 4, 15.0
 class Saver:
     """All ranks call its methods in the same order, with the same steps.
 
-    begin: starts a checkpoint of the step it is called at. failed: told of (step, sentence) where one was not written.
+    begin: starts a checkpoint of the step it is called at. tell: records an event (kind, step, facts).
     """
 
     def __init__(
@@ -35,11 +35,11 @@ class Saver:
         topology: Topology,
         writer: CheckpointWriter,
         begin: Callable[[], None],
-        failed: Callable[[int, str], None],
+        tell: Callable[..., None],
         step: int,
     ) -> None:
         self._run_dir, self._config, self._topology = run_dir, config, topology
-        self._writer, self._begin, self._failed = writer, begin, failed
+        self._writer, self._begin, self._tell = writer, begin, tell
         self._saved_step = self._begun_step = step
         self._retry_at = 0
 
@@ -47,38 +47,40 @@ class Saver:
         """Begin a checkpoint if one is due. Waits for the one before if that is still being written."""
         intervals = (self._config.every_steps, self._config.permanent_every_steps)
         if any(due(step, every) for every in intervals) or step == self._retry_at:
-            self._conclude()
+            self.conclude()
             self._start(step)
             if not self._config.background:
-                self._conclude()
+                self.conclude()
 
     def poll(self, is_writing: bool) -> None:
         """is_writing: whether any rank still writes. Makes a checkpoint that is written the latest."""
         if not is_writing:
-            self._conclude()
+            self.conclude()
 
     def last(self, step: int) -> None:
         """Leave a checkpoint of the last step. UserError if it cannot be written."""
-        self._conclude()
+        self.conclude()
         for number in range(1, LAST_TRIES + 1):
             if self._saved_step == step:
                 return
             if number > 1:
                 time.sleep(LAST_PAUSE_S)
             self._start(step, is_last=number == LAST_TRIES)
-            self._conclude(is_last=number == LAST_TRIES)
+            self.conclude(is_last=number == LAST_TRIES)
 
     def _start(self, step: int, is_last: bool = False) -> None:
         self._begun_step = step
         self._attempt(self._begin, is_last)
 
-    def _conclude(self, is_last: bool = False) -> None:
+    def conclude(self, is_last: bool = False) -> None:
+        """Wait for the checkpoint that is being written, if there is one."""
         if self._writer.in_flight:
             self._attempt(self._finish, is_last)
 
     def _finish(self) -> None:
-        self._writer.finish()
+        path = self._writer.finish()
         self._saved_step = self._begun_step
+        self._tell("checkpoint", self._begun_step, path=path.name)
         from_rank_0(self._topology, lambda: prune(self._run_dir, self._config.keep))
 
     def _attempt(self, action: Callable[[], None], is_last: bool) -> None:
@@ -89,6 +91,6 @@ class Saver:
             if is_last:
                 raise
             self._retry_at = self._begun_step + RETRY_STEPS
-            self._failed(self._begun_step, str(error))
+            self._tell("checkpoint_failed", self._begun_step, reason=str(error))
             if self._topology.rank == 0:
                 log.warning("%s; trying again", error)

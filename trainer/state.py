@@ -18,8 +18,9 @@ from data_pipelines.document import Batch, Cursor
 from trainer.checkpoint import load_checkpoint, read_rank_state, read_state
 from trainer.checkpoint_folder import find_latest
 from trainer.checkpoint_writer import CheckpointWriter
-from trainer.config import CheckpointConfig, PretrainConfig
-from trainer.diagnostics import TargetVariance
+from trainer.config import CheckpointConfig, GuardConfig, PretrainConfig
+from trainer.diagnostics import StepSums, TargetVariance
+from trainer.guards import LossHistory, Problem
 from trainer.topology import Topology
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ class TrainState:
     """Steps done, where each lane of this rank goes on, the objective's memory, and what this rank has trained on.
 
     samples: documents by source. skips: samples passed over, by (source, reason). changes: of the data order, made when
-    the run was last resumed.
+    the run was last resumed. bad_steps: thrown away, in a row. rollbacks: since the last checkpoint was made.
     """
 
     step: int = 0
@@ -40,6 +41,20 @@ class TrainState:
     samples: Counter[str] = field(default_factory=Counter)
     skips: Counter[tuple[str, str]] = field(default_factory=Counter)
     changes: list[str] = field(default_factory=list)
+    history: LossHistory = field(default_factory=LossHistory)
+    bad_steps: int = 0
+    rollbacks: int = 0
+
+    def count_step(self, text_loss: float | None, sums: StepSums, problem: Problem | None, guard: GuardConfig) -> None:
+        """One more step. One that was thrown away counts, as its data do, and leaves no other trace."""
+        self.step += 1
+        if problem:
+            self.bad_steps += 1
+            return
+        self.bad_steps = 0
+        self.variance.update(sums)
+        if text_loss is not None:
+            self.history.update(text_loss, guard)
 
     def record(self, batches: list[Batch]) -> None:
         """Move the lanes on to what has now been *trained*; prefetched rows do not count."""
@@ -98,6 +113,8 @@ def begin_save(
         "cursors": {str(lane): asdict(cursor) for lane, cursor in sorted(lanes.items())},
         "sources": {name: config.data.sources[name].weight for name in sources},
         "target_variance": state.variance.value,
+        "loss_history": state.history.saved(),
+        "bad_steps": state.bad_steps,
         **sample_counts(state, topology),
         "order": order,
         "config": asdict(config),
@@ -171,7 +188,8 @@ def _restore(
     first = topology.dp_rank * own_lanes
     lanes = range(first, first + own_lanes)
     cursors = {lane: _restore_cursor(lane, saved["cursors"][str(lane)], saved["sources"], weights) for lane in lanes}
-    return TrainState(step, cursors, TargetVariance(saved["target_variance"]), samples, skips, changes)
+    variance, history = TargetVariance(saved["target_variance"]), LossHistory(**saved["loss_history"])
+    return TrainState(step, cursors, variance, samples, skips, changes, history, saved["bad_steps"])
 
 
 def _restore_cursor(lane: int, saved: dict[str, Any], then: dict[str, float], now: dict[str, float]) -> Cursor:

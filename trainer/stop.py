@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 from types import FrameType
 
-import torch
-import torch.distributed as dist
-
-from trainer.topology import Topology
-
 STOPPED_BY_SIGNAL = 75
-"""Exit code of a run that a signal stopped after a checkpoint: start it again to go on."""
+"""Exit code of a run that a signal or its time limit stopped after a checkpoint: start it again to go on."""
+START_AGAIN = 76
+"""Exit code of a run that something other than its configuration has ended: a rank stood still, a loader worker died.
+The launchers start it again by themselves."""
 
 
 class StopRequest:
-    def __init__(self) -> None:
+    """after_minutes: the run's own limit, counted from now; 0 = none."""
+
+    def __init__(self, after_minutes: float = 0.0) -> None:
         self.received = 0
+        self._deadline = time.monotonic() + 60 * after_minutes if after_minutes else float("inf")
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._receive)
 
@@ -27,17 +29,12 @@ class StopRequest:
             os._exit(128 + number)
         self.received = number
 
+    @property
+    def reason(self) -> str:
+        return "by its time limit" if time.monotonic() > self._deadline else "by a signal"
+
     def is_asked(self) -> bool:
-        return bool(self.received) or _launcher_is_gone()
-
-
-def any_rank(flags: list[bool], topology: Topology, device: torch.device) -> list[bool]:
-    """Which flags any rank has set: a signal, say, reaches ranks at different times, and all must stop at one step."""
-    if topology.world_size == 1:
-        return flags
-    votes = torch.tensor(flags, dtype=torch.int32, device=device)
-    dist.all_reduce(votes, dist.ReduceOp.MAX)
-    return [bool(vote) for vote in votes.tolist()]
+        return bool(self.received) or time.monotonic() > self._deadline or _launcher_is_gone()
 
 
 def _launcher_is_gone() -> bool:

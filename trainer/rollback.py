@@ -1,0 +1,40 @@
+"""After several steps in a row that had to be thrown away: earlier weights, and the data since passed over."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from deepspeed import DeepSpeedEngine
+
+from conf import UserError
+from trainer.checkpoint import load_checkpoint
+from trainer.checkpoint_folder import find_latest
+from trainer.config import PretrainConfig
+from trainer.diagnostics import TargetVariance
+from trainer.guards import LossHistory
+from trainer.state import TrainState, from_rank_0
+from trainer.topology import Topology
+
+
+def roll_back(config: PretrainConfig, engine: DeepSpeedEngine, state: TrainState, topology: Topology) -> int:
+    """Weights, optimizer and loss statistics of the newest checkpoint before the bad steps; returns its step.
+
+    The steps go on counting and the lanes go on reading where they are: what was trained since that checkpoint is
+    undone, and its data are not read again. Collective; no checkpoint may be in flight. UserError on every rank if
+    there is no such checkpoint, or this has not helped before.
+    """
+    run_dir, first_bad = Path(config.run_dir), state.step - state.bad_steps + 1
+    advice = "look at events.jsonl, lower optim.*_lr or optim.grad_clip, and start again from an earlier checkpoint"
+    if state.rollbacks >= config.guard.max_rollbacks:
+        raise UserError(f"step {state.step}: {state.rollbacks} rollbacks to one checkpoint have not helped: {advice}")
+    path = from_rank_0(topology, lambda: find_latest(run_dir, before=first_bad))
+    if path is None:
+        raise UserError(
+            f"steps {first_bad} to {state.step} were no good and there is no checkpoint from before them: {advice}"
+        )
+    saved = load_checkpoint(path, engine, topology)
+    state.variance = TargetVariance(saved.state["target_variance"])
+    state.history = LossHistory(**saved.state["loss_history"])
+    state.bad_steps = 0
+    state.rollbacks += 1
+    return saved.step

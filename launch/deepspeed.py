@@ -4,6 +4,10 @@
 
 Bare `deepspeed` leaves orphans or kills loader workers when it is told to stop. Here a TERM, INT or USR1 goes to the
 ranks alone (they write their process ids into the run folder), which then have a grace period to save a checkpoint.
+What dies by itself, a rank that is killed or stands still, is started again and goes on from the last checkpoint.
+
+Exit codes: 0 done; 2 something to mend, in one sentence; 75 stopped in order by a signal or the run's time limit;
+76 died, and starting again has not helped; 128 + n killed by signal n; others: a defect, with a traceback.
 """
 
 from __future__ import annotations
@@ -25,17 +29,23 @@ from trainer import run_folder
 
 TRAINING_MODULE = "trainer.pretrain"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+PREEMPTED_CODE, START_AGAIN_CODE = 75, 76
+"""The trainer's (trainer/stop.py, which login nodes cannot import)."""
 POLL_S = 0.1
 
 
 @dataclass
 class Job:
-    """What to start. grace_s: seconds from a stop signal until whatever still runs is killed."""
+    """What to start. grace_s: seconds from a stop signal until whatever still runs is killed.
+
+    restarts: starts after deaths without a further checkpoint in between.
+    """
 
     num_procs: int
     run_dir: Path
     module: str = TRAINING_MODULE
     grace_s: float = 300.0
+    restarts: int = 3
     overrides: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -43,6 +53,8 @@ class Job:
             raise UserError(f"--num-procs is {self.num_procs}: give the number of devices to use, at least 1")
         if self.grace_s < 0:
             raise UserError(f"--grace-s is {self.grace_s:g}: give the seconds to wait after a stop signal, at least 0")
+        if self.restarts < 0:
+            raise UserError(f"--restarts is {self.restarts}: give how often to start again, at least 0")
 
 
 class StopRequest:
@@ -123,6 +135,19 @@ def launcher_env(num_procs: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(threads), **os.environ, "EMU_LAUNCHER_PID": str(os.getpid())}
 
 
+def first_to_vanish(run_dir: Path, before: list[int]) -> list[int]:
+    """Ranks whose process of `before` (by rank) is gone."""
+    return [rank for rank, pid in enumerate(before) if not _is_running(pid)]
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in "ZX"
+
+
 def signal_ranks(run_dir: Path, session: int, signum: int, done: set[int]) -> None:
     """Send `signum` once to every rank that is not in `done`; pid files of other sessions are not ours."""
     for pid in read_rank_pids(run_dir):
@@ -140,8 +165,12 @@ def supervise(launcher: subprocess.Popen[bytes], job: Job, stop: StopRequest) ->
     The launcher leads a session of its own: a Ctrl-C of the terminal does not reach the ranks past this process.
     Ranks that start after the signal get it as soon as their pid file appears.
     """
-    handled, done = 0, set[int]()
+    handled, done, dead = 0, set[int](), list[int]()
     while launcher.poll() is None:
+        if not dead and stop.signum is None:
+            dead = first_to_vanish(job.run_dir, read_rank_pids(job.run_dir))
+            if dead and not (job.run_dir / "exit.json").exists():
+                print(f"rank {', '.join(map(str, dead))} has died", file=sys.stderr, flush=True)
         if stop.signum is not None:
             if stop.count != handled:
                 handled, done = stop.count, set()
@@ -171,7 +200,7 @@ def read_exit(run_dir: Path, launcher_code: int, stop_requested: bool) -> tuple[
         record = json.loads((run_dir / "exit.json").read_text())
         code, reason = int(record["code"]), str(record["reason"])
     except FileNotFoundError:
-        return launcher_code, "no exit.json: the job ended before it could say why"
+        return launcher_code, "no rank could say why"
     except (ValueError, KeyError, TypeError):
         return launcher_code or 1, "exit.json cannot be read"
     if code and launcher_code not in (0, code) and not stop_requested:
@@ -179,19 +208,50 @@ def read_exit(run_dir: Path, launcher_code: int, stop_requested: bool) -> tuple[
     return code, reason
 
 
+def died(run_dir: Path, code: int) -> bool:
+    """Whether a run that nobody has stopped ended by a death that need not happen again: a rank said so, or none could
+    say anything. One that has found a defect or a wrong setting says that instead."""
+    if code == 0:
+        return False
+    told, _ = read_exit(run_dir, 0, True)
+    return code == START_AGAIN_CODE or not (run_dir / "exit.json").exists() or (told == PREEMPTED_CODE != code)
+
+
+def newest_checkpoint(run_dir: Path) -> str:
+    latest = run_dir / "checkpoints" / "latest"
+    return latest.read_text() if latest.exists() else ""
+
+
 def run(job: Job) -> int:
     """Run the job to its end; returns the exit code for the shell."""
     code = validate_config(job)
     if code:
         return code
-    command = launcher_command(job, os.environ.get("CUDA_VISIBLE_DEVICES", ""), free_port())
-    stop = StopRequest()
-    prepare_run_dir(job.run_dir)
-    launcher = subprocess.Popen(command, env=launcher_env(job.num_procs), start_new_session=True)
-    code, reason = read_exit(job.run_dir, supervise(launcher, job, stop), stop.signum is not None)
+    stop, starts, checkpoint = StopRequest(), 0, ""
+    while True:
+        code, reason = run_once(job, stop)
+        if stop.signum is not None or not died(job.run_dir, code):
+            break
+        if checkpoint != (checkpoint := newest_checkpoint(job.run_dir)):
+            starts = 0
+        if starts == job.restarts:
+            reason += f"; started again {starts} times without a further checkpoint"
+            break
+        starts += 1
+        print(
+            f"{job.module} died with code {code} ({reason}): starting it again, {starts} of {job.restarts}", flush=True
+        )
     follow_up = "" if code in (0, 2) else "; the same command goes on from the last checkpoint"
     print(f"{job.module} ended with code {code} ({reason}): {job.run_dir}{follow_up}", flush=True)
     return code
+
+
+def run_once(job: Job, stop: StopRequest) -> tuple[int, str]:
+    """One start of all ranks: (exit code, reason)."""
+    command = launcher_command(job, os.environ.get("CUDA_VISIBLE_DEVICES", ""), free_port())
+    prepare_run_dir(job.run_dir)
+    launcher = subprocess.Popen(command, env=launcher_env(job.num_procs), start_new_session=True)
+    return read_exit(job.run_dir, supervise(launcher, job, stop), stop.signum is not None)
 
 
 def parse_args(argv: list[str] | None = None) -> Job:
@@ -200,6 +260,7 @@ def parse_args(argv: list[str] | None = None) -> Job:
     parser.add_argument("--run-dir", type=Path, required=True, help="run folder; an interrupted run there goes on")
     parser.add_argument("--module", default=TRAINING_MODULE, help="what each process runs (default: %(default)s)")
     parser.add_argument("--grace-s", type=float, default=300.0, help="seconds from stop signal to kill (%(default)s)")
+    parser.add_argument("--restarts", type=int, default=3, help="starts again after deaths in a row (%(default)s)")
     parser.add_argument("overrides", nargs="*", help="hydra overrides, after --")
     return Job(**vars(parser.parse_args(argv)))
 

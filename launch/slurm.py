@@ -3,7 +3,7 @@
     python -m launch.slurm --nodes 4 --gpus-per-node 8 --time 48:00:00 --run-dir outputs/run -- +experiment=emu_14b
 
 One task per GPU. Five minutes before the time limit the ranks get USR1, save a checkpoint and end with the preemption
-code; the script then puts the job back into the queue, and it goes on from there.
+code; the script then puts the job back into the queue, and it goes on from there. So it does when a rank has died.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from conf import UserError, run_cli
-from launch.deepspeed import TRAINING_MODULE
+from launch.deepspeed import PREEMPTED_CODE, START_AGAIN_CODE, TRAINING_MODULE
 
-PREEMPTED_CODE = 75  # EX_TEMPFAIL: stopped in order, wants to go on
+MAX_RESTARTS = 100
+"""Of a job whose ranks died, over all its time in the queue."""
 WARNING_S = 300
 TIME_LIMIT = re.compile(r"\d+|\d+:\d\d|\d+:\d\d:\d\d|\d+-\d+(:\d\d){0,2}")
 SLURM_NAME = re.compile(r"[A-Za-z0-9_.,@+-]+")
@@ -83,6 +84,8 @@ def render_script(job: SlurmJob, project: Path) -> str:
         project=project,
         arguments=shlex.join(module_arguments(job)),
         preempted_code=PREEMPTED_CODE,
+        start_again_code=START_AGAIN_CODE,
+        max_restarts=MAX_RESTARTS,
         warning_s=WARNING_S,
     )
 

@@ -92,7 +92,7 @@ def test_finished_run_returns_0_and_an_old_exit_file_does_not_count(tmp_path: Pa
 
 @pytest.mark.slow
 def test_crash_of_one_rank_counts_although_the_others_stop_in_order(tmp_path: Path) -> None:
-    process = start(tmp_path, "crash")
+    process = start(tmp_path, "crash", "--restarts", "0")
     output, _ = process.communicate(timeout=90)
     assert process.returncode == 9, output
     assert json.loads((tmp_path / "exit.json").read_text())["code"] == OBEYED_CODE

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from conf import UserError
-from launch.slurm import PREEMPTED_CODE, SlurmJob, parse_args, render_script, submit, write_script
-from trainer.stop import STOPPED_BY_SIGNAL
+from launch.deepspeed import PREEMPTED_CODE, START_AGAIN_CODE
+from launch.slurm import SlurmJob, parse_args, render_script, submit, write_script
+from trainer.stop import START_AGAIN, STOPPED_BY_SIGNAL
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -70,7 +71,13 @@ def test_script_gives_ranks_their_place_and_quotes_overrides(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("rank_code", "warned", "requeued"),
-    [(0, True, False), (2, True, False), (PREEMPTED_CODE, False, False), (PREEMPTED_CODE, True, True)],
+    [
+        (0, True, False),
+        (2, True, False),
+        (PREEMPTED_CODE, False, False),
+        (PREEMPTED_CODE, True, True),
+        (START_AGAIN_CODE, False, True),
+    ],
 )
 def test_script_requeues_what_the_time_limit_stopped(
     tmp_path: Path, rank_code: int, warned: bool, requeued: bool
@@ -81,8 +88,8 @@ def test_script_requeues_what_the_time_limit_stopped(
     assert ("requeue 12" in (tmp_path / "scontrol.log").read_text()) is requeued
 
 
-def test_preemption_code_is_the_trainers() -> None:
-    assert STOPPED_BY_SIGNAL == PREEMPTED_CODE
+def test_codes_are_the_trainers() -> None:
+    assert (STOPPED_BY_SIGNAL, START_AGAIN) == (PREEMPTED_CODE, START_AGAIN_CODE)
 
 
 def test_submit_without_slurm_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,11 +50,12 @@ def make_saver(run: Path, engine: Any, **settings: Any) -> tuple[Saver, Checkpoi
     def begin() -> None:
         writer.start(engine, engine.step, {}, {})
 
-    def failed(step: int, sentence: str) -> None:
-        failures.append((step, sentence))
+    def tell(kind: str, step: int, **facts: str) -> None:
+        if kind == "checkpoint_failed":
+            failures.append((step, facts["reason"]))
 
     engine.step = 0
-    return Saver(run, config, ALONE, writer, begin, failed, step=0), writer, failures
+    return Saver(run, config, ALONE, writer, begin, tell, step=0), writer, failures
 
 
 def run_to(saver: Saver, writer: CheckpointWriter, engine: Any, step: int) -> None:

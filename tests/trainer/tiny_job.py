@@ -18,6 +18,7 @@ from trainer.monitor import read_metrics
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 300
+DIFFERS = ("attempt", "time", "seconds/", "memory/", "tokens_per_", "images_per_", "flops_per_")
 
 SOURCES = [
     *(f"data.sources.{name}.weight=0" for name in ("laion_coco", "webvid", "storyboard")),
@@ -117,9 +118,9 @@ def finish(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
 
 
 def history(run_dir: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what differs between equal runs: times, and the number of the attempt."""
+    """metrics.jsonl without what differs between equal runs: times, memory, and the number of the attempt."""
     return [
-        {name: value for name, value in record.items() if name != "attempt" and not name.startswith("seconds/")}
+        {name: value for name, value in record.items() if not name.startswith(DIFFERS)}
         for record in read_metrics(run_dir)
     ]
 

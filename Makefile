@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-matrix test-export bench-order bench-resume bench-data bench-memory bench-gpu bench-step lint
+.PHONY: help install demo test test-fast test-matrix test-export bench-order bench-resume bench-data bench-memory bench-gpu bench-step bench-checkpoint chaos lint
 
 help: ## explain the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ test-fast: install ## the tests that take seconds
 test-matrix: install ## training in every parallel layout, and every move of a checkpoint between layouts
 	$(TESTS) tests/distributed -m matrix
 
+chaos: install ## 25 runs whose ranks are killed at random times, and every other fault
+	EMU_CHAOS_RUNS=25 $(TESTS) tests/chaos
+
 test-export: install ## an exported package in an environment that has only its own dependencies
 	$(TESTS) tests/inference -m clean_env
 
@@ -57,6 +60,9 @@ bench-memory: install ## peak bytes of a training step against the closed form o
 
 bench-step: install ## a training step against padded batches, against its bare parts, and vision under tp=2
 	$(BIN)/python -m benchmarks.step
+
+bench-checkpoint: install ## what a checkpoint in the background costs over one that the step waits for, and monitoring
+	$(BIN)/python -m benchmarks.checkpoint
 
 bench-gpu: install ## one GPU: flash attention's loss, utilisation and memory of a 3B model, packed against padded rows
 	$(BIN)/python -m benchmarks.gpu

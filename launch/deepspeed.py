@@ -32,6 +32,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 PREEMPTED_CODE, START_AGAIN_CODE = 75, 76
 """The trainer's (trainer/stop.py, which login nodes cannot import)."""
 POLL_S = 0.1
+ALONE_S, AT_ONCE_S = 5.0, 1.0
+"""So long ranks may go on when one of them has died, and after a second signal."""
 
 
 @dataclass
@@ -62,13 +64,14 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signum: int | None = None
-        self.since = 0.0
+        self.since = self.again = 0.0
         self.count = 0
         for signum in STOP_SIGNALS:
             signal.signal(signum, self._remember)
 
     def _remember(self, signum: int, frame: object) -> None:
         self.since = self.since or time.monotonic()
+        self.again = time.monotonic()
         self.signum = signum
         self.count += 1
 
@@ -135,9 +138,9 @@ def launcher_env(num_procs: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(threads), **os.environ, "EMU_LAUNCHER_PID": str(os.getpid())}
 
 
-def first_to_vanish(run_dir: Path, before: list[int]) -> list[int]:
-    """Ranks whose process of `before` (by rank) is gone."""
-    return [rank for rank, pid in enumerate(before) if not _is_running(pid)]
+def vanished(run_dir: Path) -> list[int]:
+    """Ranks that have been there and are gone."""
+    return [rank for rank, pid in enumerate(read_rank_pids(run_dir)) if not _is_running(pid)]
 
 
 def _is_running(pid: int) -> bool:
@@ -165,18 +168,22 @@ def supervise(launcher: subprocess.Popen[bytes], job: Job, stop: StopRequest) ->
     The launcher leads a session of its own: a Ctrl-C of the terminal does not reach the ranks past this process.
     Ranks that start after the signal get it as soon as their pid file appears.
     """
-    handled, done, dead = 0, set[int](), list[int]()
+    handled, done, dead, died_at = 0, set[int](), list[int](), 0.0
     while launcher.poll() is None:
         if not dead and stop.signum is None:
-            dead = first_to_vanish(job.run_dir, read_rank_pids(job.run_dir))
+            dead, died_at = vanished(job.run_dir), time.monotonic()
             if dead and not (job.run_dir / "exit.json").exists():
                 print(f"rank {', '.join(map(str, dead))} has died", file=sys.stderr, flush=True)
+        if dead and time.monotonic() - died_at > ALONE_S:
+            break
         if stop.signum is not None:
             if stop.count != handled:
                 handled, done = stop.count, set()
                 print(f"{signal.Signals(stop.signum).name}: up to {job.grace_s:g} s for the ranks to stop", flush=True)
             signal_ranks(job.run_dir, launcher.pid, stop.signum, done)
             if time.monotonic() - stop.since > job.grace_s:
+                break
+            if stop.count > 1 and time.monotonic() - stop.again > AT_ONCE_S:
                 break
         time.sleep(POLL_S)
     _kill_session(launcher.pid)
@@ -203,7 +210,7 @@ def read_exit(run_dir: Path, launcher_code: int, stop_requested: bool) -> tuple[
         return launcher_code, "no rank could say why"
     except (ValueError, KeyError, TypeError):
         return launcher_code or 1, "exit.json cannot be read"
-    if code and launcher_code not in (0, code) and not stop_requested:
+    if code not in (0, START_AGAIN_CODE) and launcher_code not in (0, code) and not stop_requested:
         return launcher_code, f"a rank failed; rank 0 then said: {reason}"
     return code, reason
 
@@ -214,7 +221,7 @@ def died(run_dir: Path, code: int) -> bool:
     if code == 0:
         return False
     told, _ = read_exit(run_dir, 0, True)
-    return code == START_AGAIN_CODE or not (run_dir / "exit.json").exists() or (told == PREEMPTED_CODE != code)
+    return not (run_dir / "exit.json").exists() or told == START_AGAIN_CODE or (told == PREEMPTED_CODE != code)
 
 
 def newest_checkpoint(run_dir: Path) -> str:
@@ -251,7 +258,10 @@ def run_once(job: Job, stop: StopRequest) -> tuple[int, str]:
     command = launcher_command(job, os.environ.get("CUDA_VISIBLE_DEVICES", ""), free_port())
     prepare_run_dir(job.run_dir)
     launcher = subprocess.Popen(command, env=launcher_env(job.num_procs), start_new_session=True)
-    return read_exit(job.run_dir, supervise(launcher, job, stop), stop.signum is not None)
+    launcher_code = supervise(launcher, job, stop)
+    if stop.signum is not None and stop.count > 1:
+        return 128 + stop.signum, "ended at once by a second signal"
+    return read_exit(job.run_dir, launcher_code, stop.signum is not None)
 
 
 def parse_args(argv: list[str] | None = None) -> Job:

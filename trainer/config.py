@@ -121,9 +121,9 @@ class GuardConfig:
     A step whose loss or gradient is not a number is thrown away. So is one whose text loss is spike_deviations standard
     deviations, and spike_share of the mean, above the mean of about the last history_steps; spike_deviations=0: never.
     patience: after so many in a row the run takes the weights of the last checkpoint before them and passes over the
-    data since. max_rollbacks: of those to one checkpoint, before the run gives up.
-    hang_minutes: a step, or a phase between steps, that takes longer ends the run with every rank's stack written
-    down, 0 = never; what comes before the first step has parallel.timeout_minutes.
+    data since. max_rollbacks: of those within 100 steps, before the run gives up.
+    hang_minutes: a step, or what comes between two, that takes longer ends the run with every rank's stack written
+    down, 0 = never; what comes before the first step and after the last has parallel.timeout_minutes.
     """
 
     spike_deviations: float = 8.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,14 +75,14 @@ def training_step(
     state: TrainState,
     config: PretrainConfig,
     topology: Topology,
-    flags: Sequence[bool] = (),
+    flags: Callable[[], Sequence[bool]] = tuple,
     instruments: Instruments | None = None,
 ) -> StepResult:
     """One optimizer step over the micro-batches of this rank.
 
     Both losses are sums over targets divided by the global number of targets, so the gradient does not depend on how
     rows are spread over ranks and micro-batches. DeepSpeed averages over the data-parallel ranks: hence dp_size.
-    flags: for all ranks to know in the result; every rank gives as many.
+    flags: asked once backward is done; for all ranks to know in the result. Every rank gives as many.
     """
     instruments = instruments or Instruments()
     phases = instruments.phases
@@ -105,7 +105,7 @@ def training_step(
         if number < len(inputs):
             engine.step()  # DeepSpeed counts micro-batches here; only the last call updates
     with phases("agree"):
-        agreed = sums.reduce(flags, topology)
+        agreed = sums.reduce(flags(), topology)
     text_loss = sums.text_loss()
     problem = judge(agreed.offenders, text_loss, state.history, config.guard)
     _set_learning_rates(engine, lr_factor(state.step, config.total_steps, config.optim))

@@ -9,7 +9,7 @@ import os
 import secrets
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from trainer.config import MonitorConfig
 from trainer.guards import Problem
@@ -32,8 +32,8 @@ class Monitor:
         self.config = config
         self.attempt = attempt
         self.collapsed = False
-        self.metrics = open_lines(run_dir / "metrics.jsonl")
-        self.events = open_lines(run_dir / "events.jsonl")
+        self.metrics = LineFile(run_dir / "metrics.jsonl")
+        self.events = LineFile(run_dir / "events.jsonl")
         self.wandb = start_wandb(run_dir, config, resolved_config)
         self.started = (time.monotonic(), 0)
 
@@ -47,7 +47,7 @@ class Monitor:
         log.warning("from step %d on the data order is another: %s", step + 1, "; ".join(changes))
 
     def step(self, step: int, total_steps: int, values: dict[str, Any]) -> None:
-        self.metrics.write(json.dumps({"attempt": self.attempt, "step": step, "time": time.time(), **values}) + "\n")
+        self.metrics.write({"attempt": self.attempt, "step": step, "time": time.time(), **values})
         if "embedding_spread" in values:
             self.watch_collapse(step, values["embedding_spread"])
         if step % self.config.log_every_steps:
@@ -75,7 +75,7 @@ class Monitor:
             self.wandb = None
 
     def event(self, kind: str, step: int, **facts: Any) -> None:
-        self.events.write(json.dumps({"attempt": self.attempt, "step": step, "event": kind, **facts}) + "\n")
+        self.events.write({"attempt": self.attempt, "step": step, "event": kind, **facts})
 
     def discarded(self, step: int, problem: Problem, keys: list[Any]) -> None:
         """keys: of the samples that the first of the problem's ranks was training on."""
@@ -113,14 +113,29 @@ def flat(values: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def open_lines(path: Path) -> IO[str]:
-    """Append to a file of lines, on a new line: a kill may have left half of one."""
-    with path.open("a+b") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
-    return path.open("a", encoding="utf-8", buffering=1)
+class LineFile:
+    """A file of JSON lines to append to, each written at once. A full disk costs lines, told once, and not the run."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._is_whole, self._is_told = path, True, False
+        self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        size = os.fstat(self._descriptor).st_size
+        if size:  # a kill may have left half a line
+            self._is_whole = os.pread(self._descriptor, 1, size - 1) == b"\n"
+
+    def write(self, record: dict[str, Any]) -> None:
+        line = ("" if self._is_whole else "\n") + json.dumps(record) + "\n"
+        content = line.encode()
+        try:
+            self._is_whole = os.write(self._descriptor, content) == len(content)
+        except OSError as error:
+            self._is_whole = False
+            if not self._is_told:
+                log.warning("%s: lines are lost (%s)", self._path, error.strerror)
+            self._is_told = True
+
+    def close(self) -> None:
+        os.close(self._descriptor)
 
 
 def start_wandb(run_dir: Path, config: MonitorConfig, resolved_config: dict[str, Any]) -> Any | None:

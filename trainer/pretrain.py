@@ -118,7 +118,6 @@ def run_steps(
     run_dir, writer = Path(config.run_dir), CheckpointWriter(Path(config.run_dir), topology)
 
     def begin() -> None:
-        state.rollbacks = 0
         begin_save(writer, config, engine, state, order, sources, topology)
 
     def tell(kind: str, step: int, **facts: Any) -> None:
@@ -129,26 +128,27 @@ def run_steps(
     job = Job(config, engine, iter(loader), state, topology, monitor, epoch_sizes)
     saver = Saver(run_dir, config.checkpoint, topology, writer, begin, tell, first_step)
     profiler = Profiler(run_dir, topology.rank, config.monitor.profile_step)
-    watchdog = Watchdog(run_dir, topology, job.instruments.phases, 60 * config.guard.hang_minutes)
     is_asked = False
-    while state.step < last_step and not is_asked:
-        with profiler.around(state.step + 1):
-            is_asked, is_writing = one_step(job, [stop.is_asked(), writer.is_writing])
-        watchdog.beat()
-        with job.instruments.phases("checkpoint"):
-            saver.poll(is_writing)
-            if state.bad_steps >= config.guard.patience:
-                saver.conclude()
-                back = roll_back(config, engine, state, topology)
-                tell("rollback", state.step, to_step=back, passed_over=[back + 1, state.step])
-            saver.after_step(state.step)
-        watchdog.beat()
-    with job.instruments.phases("checkpoint"):
-        saver.last(state.step)
-    watchdog.stop()
+    with Watchdog(run_dir, topology, job.instruments.phases, 60 * config.guard.hang_minutes) as watchdog:
+        while state.step < last_step and not is_asked:
+            with profiler.around(state.step + 1):
+                is_asked, is_writing = one_step(job, lambda: (stop.is_asked(), writer.is_writing))
+            watchdog.beat()
+            with job.instruments.phases("checkpoint"):
+                saver.poll(is_writing)
+                if state.bad_steps >= config.guard.patience:
+                    saver.conclude()
+                    back = roll_back(config, engine, state, topology)
+                    tell("rollback", state.step, to_step=back, passed_over=[back + 1, state.step])
+                saver.after_step(state.step)
+            watchdog.beat()
+    saver.last(state.step)
     if state.step < last_step:
-        return STOPPED_BY_SIGNAL, f"stopped {stop.reason} after step {state.step}"
-    return 0, f"trained from step {first_step} to {state.step} of {config.total_steps}"
+        code, reason = STOPPED_BY_SIGNAL, f"stopped {stop.reason} after step {state.step}"
+    else:
+        code, reason = 0, f"trained from step {first_step} to {state.step} of {config.total_steps}"
+    tell("stop", state.step, reason=reason)
+    return code, reason
 
 
 @hydra.main(config_path=CONF_DIR, config_name="pretrain", version_base="1.3")

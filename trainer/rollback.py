@@ -15,6 +15,9 @@ from trainer.guards import LossHistory
 from trainer.state import TrainState, from_rank_0
 from trainer.topology import Topology
 
+RECENT_STEPS = 100
+"""Rollbacks of longer ago are forgotten."""
+
 
 def roll_back(config: PretrainConfig, engine: DeepSpeedEngine, state: TrainState, topology: Topology) -> int:
     """Weights, optimizer and loss statistics of the newest checkpoint before the bad steps; returns its step.
@@ -25,8 +28,11 @@ def roll_back(config: PretrainConfig, engine: DeepSpeedEngine, state: TrainState
     """
     run_dir, first_bad = Path(config.run_dir), state.step - state.bad_steps + 1
     advice = "look at events.jsonl, lower optim.*_lr or optim.grad_clip, and start again from an earlier checkpoint"
-    if state.rollbacks >= config.guard.max_rollbacks:
-        raise UserError(f"step {state.step}: {state.rollbacks} rollbacks to one checkpoint have not helped: {advice}")
+    recent = [step for step in state.rollbacks if step > state.step - RECENT_STEPS]
+    if len(recent) >= config.guard.max_rollbacks:
+        raise UserError(
+            f"step {state.step}: {len(recent)} rollbacks within the last {RECENT_STEPS} steps have not helped: {advice}"
+        )
     path = from_rank_0(topology, lambda: find_latest(run_dir, before=first_bad))
     if path is None:
         raise UserError(
@@ -36,5 +42,5 @@ def roll_back(config: PretrainConfig, engine: DeepSpeedEngine, state: TrainState
     state.variance = TargetVariance(saved.state["target_variance"])
     state.history = LossHistory(**saved.state["loss_history"])
     state.bad_steps = 0
-    state.rollbacks += 1
+    state.rollbacks = [*recent, state.step]
     return saved.step

@@ -32,7 +32,7 @@ class TrainState:
     """Steps done, where each lane of this rank goes on, the objective's memory, and what this rank has trained on.
 
     samples: documents by source. skips: samples passed over, by (source, reason). changes: of the data order, made when
-    the run was last resumed. bad_steps: thrown away, in a row. rollbacks: since the last checkpoint was made.
+    the run was last resumed. bad_steps: thrown away, in a row. rollbacks: steps of the latest ones.
     """
 
     step: int = 0
@@ -43,7 +43,7 @@ class TrainState:
     changes: list[str] = field(default_factory=list)
     history: LossHistory = field(default_factory=LossHistory)
     bad_steps: int = 0
-    rollbacks: int = 0
+    rollbacks: list[int] = field(default_factory=list)
 
     def count_step(self, text_loss: float | None, sums: StepSums, problem: Problem | None, guard: GuardConfig) -> None:
         """One more step. One that was thrown away counts, as its data do, and leaves no other trace."""
@@ -115,6 +115,7 @@ def begin_save(
         "target_variance": state.variance.value,
         "loss_history": state.history.saved(),
         "bad_steps": state.bad_steps,
+        "rollbacks": state.rollbacks,
         **sample_counts(state, topology),
         "order": order,
         "config": asdict(config),
@@ -189,7 +190,8 @@ def _restore(
     lanes = range(first, first + own_lanes)
     cursors = {lane: _restore_cursor(lane, saved["cursors"][str(lane)], saved["sources"], weights) for lane in lanes}
     variance, history = TargetVariance(saved["target_variance"]), LossHistory(**saved["loss_history"])
-    return TrainState(step, cursors, variance, samples, skips, changes, history, saved["bad_steps"])
+    guards = history, saved["bad_steps"], saved["rollbacks"]
+    return TrainState(step, cursors, variance, samples, skips, changes, *guards)
 
 
 def _restore_cursor(lane: int, saved: dict[str, Any], then: dict[str, float], now: dict[str, float]) -> Cursor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -54,8 +54,8 @@ class Job:
         return list(self.epoch_sizes)
 
 
-def one_step(job: Job, flags: Sequence[bool] = ()) -> list[bool]:
-    """Fetch, train and record one step. Returns which flags any rank has set."""
+def one_step(job: Job, flags: Callable[[], Sequence[bool]] = tuple) -> list[bool]:
+    """Fetch, train and record one step. Returns which of the flags, asked once backward is done, any rank has set."""
     config, engine, state, phases = job.config, job.engine, job.state, job.instruments.phases
     start = time.perf_counter()
     phases.step, phases.keys = state.step + 1, []

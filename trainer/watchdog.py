@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -33,7 +34,10 @@ WAITING = ("distributed_c10d.py", "deepspeed/comm")
 
 
 class Watchdog:
-    """One per rank. It looks at `phases` from a thread; `beat` says that the rank has come a step further."""
+    """One per rank, for the length of a with-block. It looks at `phases` from a thread.
+
+    limit_s: between two calls of `beat`, which says that the rank has come further; 0 = it does nothing.
+    """
 
     def __init__(self, run_dir: Path, topology: Topology, phases: Phases, limit_s: float) -> None:
         self._folder, self._run_dir, self._topology = run_dir / "hang", run_dir, topology
@@ -45,7 +49,6 @@ class Watchdog:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._report_path(topology.rank).unlink(missing_ok=True)
             self._file = (self._folder / f"rank-{topology.rank:05d}.txt").open("w")
-            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def beat(self) -> None:
         """From the first call on, the next one must come in time."""
@@ -54,11 +57,19 @@ class Watchdog:
         self._deadline = time.monotonic() + self._limit_s
         faulthandler.dump_traceback_later(self._limit_s + GATHER_S + LAST_RESORT_S, exit=True, file=self._file)
 
-    def stop(self) -> None:
+    def __enter__(self) -> Watchdog:
+        if self._file is not None:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._stopped.set()
         if self._file is not None:
             faulthandler.cancel_dump_traceback_later()
             self._file.close()
+            Path(self._file.name).unlink()  # nothing has happened
+            with contextlib.suppress(OSError):  # another rank's file is still there, or a report of before
+                self._folder.rmdir()
 
     def _watch(self) -> None:
         while not self._stopped.wait(POLL_S):

@@ -131,7 +131,7 @@ LATE = {
     "an unknown kind of source": "data.sources.laion.kind is 'laoin': it must be one of pairs, laion, mmc4",
     "an unknown option of a source": "data.sources.laion.options.min_sim does not exist: the options of kind laion are",
     "corpora without a document": "the source 'laion' gave no document in",
-    "a gradient that is not finite": "the gradient of step 3 is not finite: look at the last lines of metrics.jsonl",
+    "a gradient that is not finite": "step 3: 0 rollbacks within the last 100 steps have not helped: look at",
 }
 
 
@@ -167,7 +167,9 @@ def run_wrong_jobs(folder: Path, tokenizer: Path, run: Path, world_size: int) ->
     found["a folder in use"] = job()
     if topology.rank == 0:
         lock.close()
-    found["a gradient that is not finite"] = job("objective.text_weight=nan")
+    found["a gradient that is not finite"] = job(
+        "objective.text_weight=nan", "guard.patience=1", "guard.max_rollbacks=0"
+    )
     new = run.with_name("new")
     found["no shard at all"] = job(f"data.sources.laion.shards={folder}/nothing/*.tar", run_dir=new)
     found["an unknown kind of source"] = job("data.sources.laion.kind=laoin", run_dir=new)

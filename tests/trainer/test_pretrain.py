@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +16,10 @@ from omegaconf import OmegaConf
 
 from tests.distributed.harness import _free_port
 from tests.trainer.tiny_job import REPOSITORY, TIMEOUT_S, environment, history, overrides, run_command
+from tests.trainer.wandb_files import read_records
 from trainer.checkpoint_folder import find_damage
 from trainer.config import OptimConfig, compose_config
-from trainer.monitor import read_metrics
+from trainer.monitor import flat, read_metrics
 from trainer.schedule import lr_factor
 
 pytestmark = pytest.mark.slow
@@ -56,7 +58,11 @@ def test_every_step_has_every_figure(run_dir: Path) -> None:
         *("seconds/step", "seconds/data_wait", "token_fill", "image_fill", "grad_norm"),
         *("lr/vision_encoder", "lr/causal_transformer", "lr/language_model"),
         *("embedding_spread", "embedding_rms", "embedding_std_per_slot", "effective_rank"),
-        *("explained_variance_first", "explained_variance_later"),
+        *("explained_variance_first", "explained_variance_later", "perplexity", "time", "memory/host_gb"),
+        *(f"grad_norm/{part}" for part in ("vision_encoder", "causal_transformer", "language_model")),
+        *(f"seconds/{part}" for part in ("prepare", "forward", "backward", "agree", "optimizer")),
+        *("tokens_per_second", "images_per_second", "flops_per_second"),
+        *("mixture/laion", "mixture/mmc4", "epoch/laion", "epoch/mmc4"),
     }
     for record in records:
         # A step of text alone or of a single picture has no figures of pictures.
@@ -68,6 +74,12 @@ def test_the_figures_of_a_step_agree_with_each_other(run_dir: Path) -> None:
     for record in read_metrics(run_dir):
         assert record["tokens"] == pytest.approx(record["token_fill"] * NUM_ROWS * SEQ_LEN)
         assert 0 <= record["seconds/data_wait"] <= record["seconds/step"]
+        parts = ("data_wait", "prepare", "forward", "backward", "agree", "optimizer")
+        assert sum(record[f"seconds/{part}"] for part in parts) == pytest.approx(record["seconds/step"], rel=0.1)
+        squares = [value**2 for name, value in record.items() if name.startswith("grad_norm/")]
+        assert sum(squares) ** 0.5 == pytest.approx(record["grad_norm"], rel=1e-5)
+        assert record["perplexity"] == pytest.approx(math.exp(record["loss/text"]))
+        assert sum(value for name, value in record.items() if name.startswith("mixture/")) == pytest.approx(1)
         for modality in ("text", "image"):
             sources = [name for name in record if name.startswith(f"targets/{modality}/")]
             targets = {name: record[name] for name in sources}
@@ -103,10 +115,9 @@ def test_the_run_folder_is_the_one_of_the_readme(run_dir: Path) -> None:
         "reason": f"trained from step {STOP_AFTER} to {NUM_STEPS} of {NUM_STEPS}",
     }
     events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
-    assert [(event["event"], event["attempt"], event["step"]) for event in events] == [
-        ("start", 1, 0),
-        ("start", 2, STOP_AFTER),
-    ]
+    told = [(event["event"], event["attempt"], event["step"]) for event in events]
+    assert [event for event in told if event[0] == "start"] == [("start", 1, 0), ("start", 2, STOP_AFTER)]
+    assert ("checkpoint", 1, STOP_AFTER) in told and {kind for kind, _, _ in told} == {"start", "checkpoint", "stop"}
 
 
 def test_checkpoints_are_whole_and_the_oldest_are_gone(run_dir: Path) -> None:
@@ -182,3 +193,21 @@ def test_the_job_of_the_tests_is_what_they_say(corpora: Path, tokenizer_path: Pa
         config = compose_config(overrides(corpora, tokenizer_path, Path("run")))
     assert (config.total_steps, config.data.global_batch_rows, config.data.seq_len) == (NUM_STEPS, NUM_ROWS, SEQ_LEN)
     assert config.optim == OptimConfig()
+
+
+def test_wandb_has_every_figure_of_every_step(run_dir: Path) -> None:
+    """Read back from the files that `wandb sync --append` would send: one run id in all segments."""
+    records = {record["step"]: record for record in read_metrics(run_dir)}
+    seen: dict[int, set[str]] = {}
+    ids = set()
+    for file in (run_dir / "wandb").glob("offline-run-*/*.wandb"):
+        for record in read_records(file):
+            if record.HasField("run"):
+                ids.add(record.run.run_id)
+            if record.HasField("history"):
+                items = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
+                seen[int(items["_step"])] = set(items)
+    assert ids == {(run_dir / "wandb_id").read_text().strip()}
+    assert seen.keys() == records.keys()
+    for step, figures in records.items():
+        assert set(flat(figures)) - {"attempt", "step", "time"} <= seen[step]

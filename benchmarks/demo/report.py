@@ -19,18 +19,19 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from benchmarks.demo.charts import TOTAL, Chart, Curve, confusion_chart, curve, over_steps
 from benchmarks.demo.check import read_answers
 from benchmarks.demo.examples import caption_examples, retrieval_examples
 from benchmarks.demo.packed_rows import RowSample, read_rows
 from conf import UserError, run_cli
 from data_pipelines.inspecting.packed_rows import ShownRow
-from data_pipelines.inspecting.preview import template_environment
+from data_pipelines.inspecting.templates import template_environment
 from models.weights.fragment_files import FragmentReader
 from trainer.checkpoint import read_state
 from trainer.checkpoint_folder import find_latest
 from trainer.config import PretrainConfig
 from trainer.monitor import read_metrics
+from trainer.reporting.charts import TEMPLATES, Chart, Curve, Drawing, Level, Mark, draw
+from trainer.reporting.panels import ALL_SOURCES
 
 COLOURS = ("#2f6db3", "#d97b29", "#2e9662", "#8a5cc2", "#c24d57", "#6b7a87")
 STEPS_LOOKED_AT = 8
@@ -63,10 +64,7 @@ def build(out: Path) -> str:
         seq_len=config.data.seq_len,
         sources=sources,
         charts=all_charts(records, sources, config, resume["resumed_from"]),
-        confusions={
-            name: confusion_chart(table["values"], table["counts"])
-            for name, table in figures["heldout"]["confusion"].items()
-        },
+        confusions=figures["heldout"]["confusion"],
         mixture=mixture(config, records, rows),
         skips=saved.state["skips"],
         resume=resume,
@@ -96,41 +94,53 @@ def headline(figures: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def all_charts(records: Records, sources: dict[str, str], config: PretrainConfig, resumed_at: int) -> dict[str, str]:
-    """Title -> chart over the steps."""
-    charts = {
-        "Text loss (cross-entropy, nats)": Chart(loss_curves(records, "text", sources), log=True, colours=sources),
-        "Image loss (squared error)": Chart(loss_curves(records, "image", sources), log=True, colours=sources),
-        "Explained variance": Chart(
-            {
-                "first slot": curve(records, "explained_variance_first"),
-                "later slots": curve(records, "explained_variance_later"),
-            },
+def all_charts(records: Records, sources: dict[str, str], config: PretrainConfig, resumed_at: int) -> list[Drawing]:
+    """sources: name -> colour."""
+    resumed = [Mark(resumed_at, "start", f"resumed from step {resumed_at}")]
+    charts = [
+        Chart("Text loss", loss_curves(records, "text", sources), "cross-entropy, nats", log=True, marks=resumed),
+        Chart("Image loss", loss_curves(records, "image", sources), "squared error", log=True, marks=resumed),
+        Chart(
+            "Explained variance",
+            [
+                curve(records, "explained_variance_first", "first slot", COLOURS[0]),
+                curve(records, "explained_variance_later", "later slots", COLOURS[1]),
+            ],
             y_range=(-0.5, 1.0),
-            colours={"first slot": COLOURS[0], "later slots": COLOURS[1]},
+            marks=resumed,
         ),
-        "Spread across images": Chart(
-            {"visual embeddings": curve(records, "embedding_spread")},
-            limit=("collapse alarm", config.monitor.collapse_spread),
+        Chart(
+            "Spread across images",
+            [curve(records, "embedding_spread", "visual embeddings", COLOURS[2])],
             log=True,
-            colours={"visual embeddings": COLOURS[2]},
+            levels=[Level(config.monitor.collapse_spread, "var(--bad)", "collapse alarm")],
+            marks=resumed,
         ),
-        "Effective rank": Chart(
-            {"visual embeddings": curve(records, "effective_rank")}, colours={"visual embeddings": COLOURS[3]}
+        Chart(
+            "Effective rank",
+            [curve(records, "effective_rank", "visual embeddings", COLOURS[3])],
+            marks=resumed,
         ),
-        "Gradient norm before clipping": Chart(
-            {"all parameters": curve(records, "grad_norm")},
-            limit=("clipped at", config.optim.grad_clip),
+        Chart(
+            "Gradient norm before clipping",
+            [curve(records, "grad_norm", "all parameters", COLOURS[5])],
             log=True,
-            colours={"all parameters": COLOURS[5]},
+            levels=[Level(config.optim.grad_clip, "var(--bad)", "clipped at")],
+            marks=resumed,
         ),
-    }
-    return {title: over_steps(chart, resumed_at) for title, chart in charts.items()}
+    ]
+    return [draw(chart) for chart in charts]
 
 
-def loss_curves(records: Records, modality: str, sources: dict[str, str]) -> dict[str, Curve]:
-    by_source = {name: curve(records, f"loss/{modality}/{name}") for name in sources}
-    return {**by_source, TOTAL: curve(records, f"loss/{modality}")}
+def loss_curves(records: Records, modality: str, sources: dict[str, str]) -> list[Curve]:
+    by_source = [curve(records, f"loss/{modality}/{name}", name, colour) for name, colour in sources.items()]
+    return [*by_source, curve(records, f"loss/{modality}", ALL_SOURCES, "var(--ink)")]
+
+
+def curve(records: Records, metric: str, name: str, colour: str) -> Curve:
+    """The steps whose record has a number of the metric."""
+    found = [(record["step"], record[metric]) for record in records if record.get(metric) is not None]
+    return Curve(name, [step for step, _ in found], [value for _, value in found], colour, name == ALL_SOURCES)
 
 
 def mixture(config: PretrainConfig, records: Records, rows: RowSample) -> list[dict[str, Any]]:
@@ -190,7 +200,7 @@ def machine() -> str:
 
 def render(sources: dict[str, str], **content: Any) -> str:
     """sources: name -> colour."""
-    template = template_environment(Path(__file__).parent).get_template("report.html.j2")
+    template = template_environment(Path(__file__).parent, TEMPLATES).get_template("report.html.j2")
     return template.render(sources=sources, colours_of=partial(colours_of, sources=sources), **content)
 
 

@@ -9,15 +9,13 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import jinja2
 from tqdm import tqdm
 
 from data_pipelines.inspecting.packed_rows import ShownRow, show_row
 from data_pipelines.inspecting.row_drawing import PALETTE, draw_rows
 from data_pipelines.inspecting.settings import Opened
+from data_pipelines.inspecting.templates import template_environment
 from data_pipelines.loader import Loader
-
-TEMPLATES = Path(__file__).parent
 
 
 @dataclass
@@ -66,14 +64,3 @@ def colours_of(row: ShownRow) -> list[str]:
 def render(rows: Sequence[ShownRow], skips: Mapping[tuple[str, str], int], seq_len: int, sources: Sequence[str]) -> str:
     page = template_environment().get_template("preview.html.j2")
     return page.render(rows=rows, skips=skips, seq_len=seq_len, sources=sources, colours_of=colours_of)
-
-
-def template_environment(*folders: Path) -> jinja2.Environment:
-    """Templates of these folders and of this one; what comes from samples is escaped."""
-    return jinja2.Environment(
-        loader=jinja2.FileSystemLoader([*folders, TEMPLATES]),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 import re
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.demo import examples, packed_rows
-from benchmarks.demo.charts import Chart, confusion_chart, curve, over_steps, smoothed
 from benchmarks.demo.check import Answers, judge
-from benchmarks.demo.report import mixture, render, shares
+from benchmarks.demo.report import all_charts, curve, mixture, render, shares
 from data_pipelines.config import DataConfig, SourceConfig
 from data_pipelines.document import Batch, SampleKey
 from data_pipelines.inspecting.packed_rows import show_row
@@ -103,23 +101,22 @@ def test_the_mixture_compares_what_was_asked_for_with_what_came() -> None:
 
 def test_a_curve_leaves_out_steps_without_the_value() -> None:
     records = [{"step": 1, "loss": 2.0}, {"step": 2}, {"step": 3, "loss": None}, {"step": 4, "loss": 1.0}]
-    assert curve(records, "loss") == ([1, 4], [2.0, 1.0])
+    drawn = curve(records, "loss", "text", "red")
+    assert (drawn.steps, drawn.values) == ([1, 4], [2.0, 1.0])
 
 
-def test_smoothing_is_the_mean_of_the_last_values() -> None:
-    values = np.random.default_rng(0).standard_normal(40).tolist()
-    expected = [np.mean(values[max(0, n - 14) : n + 1]) for n in range(40)]
-    np.testing.assert_allclose(smoothed(range(40), values)[1], expected, rtol=0, atol=1e-12)
+def test_charts_show_the_resume_and_the_limits() -> None:
+    records = [{"step": step, "loss/text": 2.0, "loss/text/laion": 3.0, "grad_norm": 1.0} for step in (1, 2, 3)]
+    charts = {drawing.chart.title: drawing for drawing in all_charts(records, {"laion": "#111111"}, config(), 2)}
+    assert [line.curve.name for line in charts["Text loss"].lines] == ["laion", "all sources"]
+    assert [mark.step for _, mark in charts["Text loss"].marks] == [2]
+    assert [level.value for _, level in charts["Gradient norm before clipping"].levels] == [config().optim.grad_clip]
+    assert charts["Effective rank"].lines == []
 
 
-def test_charts_are_svg_and_bear_empty_curves() -> None:
-    for uri in (
-        over_steps(Chart({"text": ([1, 2], [2.0, 1.0]), "image": ([], [])}, log=True, limit=("alarm", 0.1)), 1),
-        confusion_chart(["red", "blue", "not said"], [[3, 1, 0], [0, 0, 0]]),
-    ):
-        kind, _, content = uri.partition(",")
-        assert kind == "data:image/svg+xml;base64"
-        assert b"</svg>" in base64.b64decode(content)
+def test_confusions_are_darker_where_they_are_more() -> None:
+    page = page_with({"one": [], "two": [], "failed": []})
+    assert "rgb(47 109 179 / 0.75); color: #fff" in page and "rgb(47 109 179 / 0.25); color: inherit" in page
 
 
 def test_captions_cannot_inject_into_the_page() -> None:
@@ -154,8 +151,8 @@ def page_with(captions: dict[str, list[examples.CaptionExample]]) -> str:
         rows=packed_rows.RowSample([row], packed_rows.Counter(), 1),
         seq_len=12,
         sources={"laion": "#111111", "webvid": "#222222"},
-        charts={"loss": "data:,"},
-        confusions={"colour": "data:,"},
+        charts=all_charts([{"step": 1, "loss/text": 2.0}], {}, config(), 1),
+        confusions={"colour": {"values": ["red", "blue", "not said"], "counts": [[3, 1, 0], [0, 0, 0]]}},
         mixture=[],
         skips={"laion: empty caption": 2},
         resume={"exact": False, "resumed_from": 2, "steps": [], "fragment_files": {"fragments-0": False}},

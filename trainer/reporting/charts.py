@@ -132,9 +132,9 @@ def draw(chart: Chart) -> Drawing:
         bins = _stack(bins)
     x = _x_scale(bins)
     y = _y_scale(chart, bins)
-    floor = [np.zeros_like(bins[0].mean), *(each.mean for each in bins[:-1])] if chart.stacked else []
+    floors = [bins[number - 1].mean if number else 0 * each.mean for number, each in enumerate(bins)]
     lines = [
-        _area(curve, each, floor[number], x, y) if chart.stacked else _line(curve, each, x, y)
+        _area(curve, each, floors[number], x, y) if chart.stacked else _line(curve, each, x, y)
         for number, (curve, each) in enumerate(zip(curves, bins, strict=True))
     ]
     return Drawing(
@@ -269,5 +269,8 @@ def _points(steps: np.ndarray, values: np.ndarray, x: Scale, y: Scale) -> str:
 def _marks(marks: Sequence[Mark], x: Scale) -> list[tuple[float, Mark]]:
     """Inside the axis; of those that would fall on one another, the first of a kind."""
     inside = [mark for mark in marks if x.first <= mark.step <= x.last]
-    placed = {(round(float(x.places(np.array(mark.step)))), mark.kind): mark for mark in reversed(inside)}
+    places = x.places(np.array([mark.step for mark in inside])).round().tolist()
+    placed: dict[tuple[float, str], Mark] = {}
+    for place, mark in zip(places, inside, strict=True):
+        placed.setdefault((place, mark.kind), mark)
     return [(place, mark) for (place, _), mark in placed.items()]

@@ -25,7 +25,7 @@ class Sample:
 
 
 def read_samples(folder: Path) -> tuple[str, list[Sample]]:
-    """The newest ones under samples/ that can be read, the first of them, and their folder's name; "", [] without any."""
+    """The newest under samples/ that can be read: their folder's name, and the first of them. "", [] without any."""
     for path in sorted(folder.glob("step-*/samples.json"), reverse=True):
         try:
             entries = json.loads(path.read_text(encoding="utf-8"))[:MOST_SHOWN]

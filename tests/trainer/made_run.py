@@ -101,7 +101,7 @@ def write_run(folder: Path, steps: int = 600) -> Path:
     write_lines(folder / "metrics.jsonl", [step_line(1, step) for step in range(1, reached + 1)])
     write_lines(folder / "metrics.jsonl", [step_line(2, step) for step in range(begun + 1, steps + 1)])
     write_lines(folder / "events.jsonl", made_events(begun, steps))
-    write_lines(folder / "validation.jsonl", [validation_line(step) for step in range(10, steps + 1, 10)])
+    write_lines(folder / "validation.jsonl", [validation_line(step) for step in range(0, steps + 1, 10)])
     write_samples(folder / "samples" / f"step-{steps:08d}")
     (folder / "checkpoints" / f"step-{begun:08d}").mkdir(parents=True)
     (folder / "checkpoints" / "latest").write_text(f"step-{begun:08d}\n")

@@ -77,14 +77,16 @@ def test_restarts_and_steps_thrown_away_are_marked(tmp_path: Path) -> None:
 
 
 def test_the_parts_of_a_step_fill_it(tmp_path: Path) -> None:
-    """A part that is missing in a step is 0 there, and the rest is what the parts leave."""
+    """Parts that are measured now and then are in every step, a checkpoint only where there was one."""
     (tmp_path / "config.yaml").write_text(CONFIG)
-    lines = [{"attempt": 1, "step": n, "seconds/step": 2.0, "seconds/forward": 0.5} for n in (1, 2)]
-    lines[1]["seconds/backward"] = 0.25
+    lines = [{"attempt": 1, "step": n, "seconds/step": 2.0} for n in (1, 2, 3)]
+    lines[0] |= {"seconds/forward": 0.5, "seconds/backward": 0.25}
+    lines[1] |= {"seconds/checkpoint": 1.0}
     write_lines(tmp_path / "metrics.jsonl", lines)
     chart = charts_of(page_of(tmp_path))["Where a step's time goes"]
     assert re.findall(r'data-key="(.*?)">.*?<b>(.*?)</b>', chart) == [
         ("rest", "1.25"),
+        ("checkpoint", "0"),
         ("backward", "0.25"),
         ("forward", "0.5"),
     ]

@@ -73,17 +73,18 @@ def _colour(run: RunRecord, name: str, number: int) -> str:
 
 
 def _stacked(panel: Panel, history: History) -> list[Curve]:
-    """The parts at every step of the whole, 0 where one is missing, and what is left of the whole."""
+    """The parts at every step of the whole, and what is left of it."""
     steps, left = history.curve(panel.whole)
     curves = []
     for number, (name, label) in enumerate(panel.metrics.items()):
-        part = np.zeros_like(left)
-        own_steps, values = history.curve(name)
-        is_known = np.isin(own_steps, steps)
-        part[np.searchsorted(steps, own_steps[is_known])] = values[is_known]
+        part_steps, values = history.curve(name)
+        if not len(steps) or not len(part_steps):
+            continue
+        part = np.interp(steps, part_steps, values)
+        if name in panel.zero_if_missing:
+            part = np.where(np.isin(steps, part_steps), part, 0.0)
         left = left - part
-        if len(own_steps):
-            curves.append(Curve(label, steps, part, f"var(--c{number})"))
+        curves.append(Curve(label, steps, part, f"var(--c{number})"))
     return [*curves, Curve("rest", steps, left.clip(min=0), f"var(--c{NUM_COLOURS - 1})")] if curves else []
 
 

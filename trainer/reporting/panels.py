@@ -21,6 +21,7 @@ class Panel:
     metrics: name -> its name in the chart; a name that ends in /* gives each metric the rest of its own name.
     y_range: the axis reaches so far or ends there; None = as far as the values. limit: a line at a value of the
     configuration, (name, key). whole: the metric that these are parts of; they are stacked, and the rest of it on top.
+    zero_if_missing: parts that a step without them does not have; others have only not been measured in each step.
     """
 
     title: str
@@ -30,6 +31,7 @@ class Panel:
     y_range: tuple[float | None, float | None] = (None, None)
     limit: tuple[str, str] | None = None
     whole: str = ""
+    zero_if_missing: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,7 @@ SECTIONS = [
                 },
                 "seconds",
                 whole="seconds/step",
+                zero_if_missing=("seconds/checkpoint",),
             ),
             Panel("Time of a step", one("seconds/step", "step"), "seconds", log=True),
             Panel("Memory", {"memory/device_gb": "device", "memory/host_gb": "host"}, "GB", y_range=ZERO),

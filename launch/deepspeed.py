@@ -34,6 +34,7 @@ PREEMPTED_CODE, START_AGAIN_CODE = 75, 76
 POLL_S = 0.1
 ALONE_S, AT_ONCE_S = 5.0, 1.0
 """So long ranks may go on when one of them has died, and after a second signal."""
+FREE_S = 60.0
 
 
 @dataclass
@@ -224,6 +225,16 @@ def died(run_dir: Path, code: int) -> bool:
     return not (run_dir / "exit.json").exists() or told == START_AGAIN_CODE or (told == PREEMPTED_CODE != code)
 
 
+def wait_until_free(run_dir: Path) -> None:
+    """Loader workers of the ranks that died hold the folder until they notice."""
+    deadline = time.monotonic() + FREE_S
+    while time.monotonic() < deadline:
+        with contextlib.suppress(UserError):
+            run_folder.claim(run_dir).close()
+            return
+        time.sleep(POLL_S)
+
+
 def newest_checkpoint(run_dir: Path) -> str:
     latest = run_dir / "checkpoints" / "latest"
     return latest.read_text() if latest.exists() else ""
@@ -245,6 +256,7 @@ def run(job: Job) -> int:
             reason += f"; started again {starts} times without a further checkpoint"
             break
         starts += 1
+        wait_until_free(job.run_dir)
         print(
             f"{job.module} died with code {code} ({reason}): starting it again, {starts} of {job.restarts}", flush=True
         )

@@ -100,7 +100,7 @@ class Lane:
         counts = share_images(
             self.number, sum(len(document.image_starts) for document in documents), self._settings.tp_size
         )
-        images, failures = self._decode(documents, counts, out)
+        images, failures = decode_images(documents, counts, self._settings, out)
         self._advance(window)
         emitted = [dataclasses.replace(document, pictures=None) for document in documents]
         return PackedRow(self.number, self._cursor, emitted, images, counts, failures, dict(skips), unreachable)
@@ -122,46 +122,50 @@ class Lane:
             self._cursor = Cursor(self._cursor.window + 1, 0, window.positions)
             self._window = None
 
-    def _decode(
-        self, documents: list[TokenizedDocument], counts: list[int], out: np.ndarray | None
-    ) -> tuple[torch.Tensor, dict[int, str]]:
-        """This rank's images uint8 [m, 3, H, W] of a row, blank where a picture is broken, and by document why its
-        first broken one is."""
-        settings = self._settings
-        first, num_own = sum(counts[: settings.tp_rank]), counts[settings.tp_rank]
-        images = blank_images(num_own, settings.image_size) if out is None else out[:num_own]
-        pictures: list[Picture] = []
-        places: list[tuple[int, int]] = []  # position among the own images, document
-        failures: list[tuple[int, int, str]] = []
-        position = -first
-        for d, document in enumerate(documents):
-            own = range(max(0, -position), min(len(document.image_starts), num_own - position))
-            if own:
-                several = self._pictures_of(document)
-                if several is None:
-                    failures.append((position + own[0], d, UNREACHABLE))
-                    images[position + own[0] : position + own[-1] + 1] = 0
-                else:
-                    pictures += [several[i] for i in own]
-                    places += [(position + i, d) for i in own]
-            position += len(document.image_starts)
-        errors = decode_into([images[i] for i, _ in places], pictures, int(settings.config.max_image_megapixels * 1e6))
-        failures += [(*places[place], error.reason) for place, error in errors.items()]
-        return torch.from_numpy(images), {d: reason for _, d, reason in sorted(failures, reverse=True)}
 
-    def _pictures_of(self, document: TokenizedDocument) -> Sequence[Picture] | None:
-        """None where they would have to be read again and their store does not answer."""
-        if document.pictures is not None:
-            return document.pictures
-        reader = next(r for r in self._settings.readers if r.name == document.key.source)
-        try:
-            again = reader.document_of(document.key, document.epoch)
-        except UnreachableError:
-            if not reader.skip_unreachable:
-                raise
-            return None
-        assert isinstance(again, Document), "a source must be a pure function"
-        return [e for e in again.elements if not isinstance(e, Text)][: len(document.image_starts)]
+def decode_images(
+    documents: Sequence[TokenizedDocument], counts: list[int], settings: LaneSettings, out: np.ndarray | None = None
+) -> tuple[torch.Tensor, dict[int, str]]:
+    """This rank's images uint8 [m, 3, H, W] of a row, blank where a picture is broken, and by document why its first
+    broken one is.
+
+    counts: m of every rank of the tensor-parallel group, see `share_images`. out: as for `Lane.next_row`.
+    """
+    first, num_own = sum(counts[: settings.tp_rank]), counts[settings.tp_rank]
+    images = blank_images(num_own, settings.image_size) if out is None else out[:num_own]
+    pictures: list[Picture] = []
+    places: list[tuple[int, int]] = []  # position among the own images, document
+    failures: list[tuple[int, int, str]] = []
+    position = -first
+    for d, document in enumerate(documents):
+        own = range(max(0, -position), min(len(document.image_starts), num_own - position))
+        if own:
+            several = pictures_of(document, settings)
+            if several is None:
+                failures.append((position + own[0], d, UNREACHABLE))
+                images[position + own[0] : position + own[-1] + 1] = 0
+            else:
+                pictures += [several[i] for i in own]
+                places += [(position + i, d) for i in own]
+        position += len(document.image_starts)
+    errors = decode_into([images[i] for i, _ in places], pictures, int(settings.config.max_image_megapixels * 1e6))
+    failures += [(*places[place], error.reason) for place, error in errors.items()]
+    return torch.from_numpy(images), {d: reason for _, d, reason in sorted(failures, reverse=True)}
+
+
+def pictures_of(document: TokenizedDocument, settings: LaneSettings) -> Sequence[Picture] | None:
+    """None where they would have to be read again and their store does not answer."""
+    if document.pictures is not None:
+        return document.pictures
+    reader = next(r for r in settings.readers if r.name == document.key.source)
+    try:
+        again = reader.document_of(document.key, document.epoch)
+    except UnreachableError:
+        if not reader.skip_unreachable:
+            raise
+        return None
+    assert isinstance(again, Document), "a source must be a pure function"
+    return [e for e in again.elements if not isinstance(e, Text)][: len(document.image_starts)]
 
 
 def share_images(lane: int, num_images: int, tp_size: int) -> list[int]:
@@ -187,7 +191,7 @@ def fill_window(lane: int, cursor: Cursor, settings: LaneSettings) -> Window:
     documents: list[TokenizedDocument] = []
     free_bytes = settings.buffer_bytes
     for document in draw(lane, cursor.window, streams, mixture, settings):
-        free_bytes -= _hold(document, free_bytes)
+        free_bytes -= hold_pictures(document, free_bytes)
         documents.append(document)
     return Window(
         rows=_shuffled_rows(lane, cursor.window, documents, config),
@@ -271,7 +275,7 @@ def _tokenize(drawn: list[tuple[SampleKey, int, Document]], settings: LaneSettin
     )
 
 
-def _hold(document: TokenizedDocument, free_bytes: int) -> int:
+def hold_pictures(document: TokenizedDocument, free_bytes: int) -> int:
     """Encoded bytes that the document holds from now on; beyond the free ones it lets its pictures go."""
     pictures = document.pictures or []
     files = {id(file): file for file in (p.video if isinstance(p, Frame) else p.encoded for p in pictures)}

@@ -121,10 +121,7 @@ def holdout_documents(config: DataConfig, index: Index, source: str) -> Iterator
     """The held-out documents of a source in the order of its index, as of epoch 0."""
     reader = SourceReader(source, config, index)
     for chunk in range(index.num_chunks):
-        for key, sample in reader.samples(chunk):
-            document = reader.document(key, 0, sample) if reader.is_held_out(sample) else None
-            if isinstance(document, Document):
-                yield key, document
+        yield from reader.held_out(chunk)
 
 
 class Loader:

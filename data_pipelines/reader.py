@@ -69,6 +69,12 @@ class SourceReader:
         """What becomes of a sample in an epoch: the same whenever it is asked."""
         return self._make_document(sample, self._random.of(epoch, key))
 
+    def held_out(self, chunk_number: int) -> list[tuple[SampleKey, Document]]:
+        """The held-out documents of a chunk, as of epoch 0. Raises what `samples` raises."""
+        kept = ((key, sample) for key, sample in self.samples(chunk_number) if self.is_held_out(sample))
+        made = ((key, self.document(key, 0, sample)) for key, sample in kept)
+        return [(key, document) for key, document in made if isinstance(document, Document)]
+
     def document_of(self, key: SampleKey, epoch: int) -> Document | Skip:
         """`document` of a sample that has to be read again."""
         samples = dict(self.samples(self.index.chunk_of(key.shard, key.index)))

@@ -85,12 +85,17 @@ class Emu(nn.Module):
         document_ok: Tensor,
         text_scale: float,
         image_scale: float,
+        answers: bool = False,
     ) -> dict[str, Tensor]:
         """One micro-batch.
 
         text_scale, image_scale: factors of the *sums* of the two losses; the caller divides by global target counts.
         Returns `loss` (to be driven backward), detached sums (`loss_statistics`, `embedding_statistics`), and
         embedding_sample [<= 64, W].
+
+        answers: what the model says in place of how wrong it is, by the same modules in the same order: next_tokens
+        int64 [T], the likeliest text token at every position with a text target (`find_targets`); regressed [M, W] at
+        every `[IMG]`, and first_slots [M, W], the embedding that should stand there.
         """
         targets = find_targets(
             input_ids,
@@ -108,6 +113,12 @@ class Emu(nn.Module):
             visual = StopRegressionGradient.apply(visual, holder)
         embeddings = self._embed(input_ids, visual, image_starts)
         hidden = self.language_model(embeddings, document_ids, position_ids).flatten(0, 1)
+        if answers:
+            return {
+                "next_tokens": self.text_head(hidden[targets.text_positions]),
+                "regressed": self.regression_head(hidden[image_starts[:, 0] * input_ids.shape[1] + image_starts[:, 1]]),
+                "first_slots": visual[:, 0],
+            }
 
         text_losses = self.text_head(hidden[targets.text_positions], targets.text_labels)
         predicted = self.regression_head(hidden[targets.image_positions])

@@ -1,4 +1,4 @@
-"""The language-model head: cross-entropy at target positions only, a chunk of logits alive at a time.
+"""The language-model head: cross-entropy or the likeliest token at chosen positions, a chunk of logits at a time.
 
 Shapes: T targets, W width, V / tp rows of the vocabulary on this rank.
 """
@@ -75,8 +75,32 @@ def _log_normaliser(hidden: Tensor, weight: Tensor, local: Tensor, group: dist.P
     return sums[0].log() + largest, sums[1]
 
 
+@torch.no_grad()
+def likeliest_tokens(hidden: Tensor, weight: Tensor, num_choices: int, group: dist.ProcessGroup) -> Tensor:
+    """int64 [T]: of the first num_choices tokens of the vocabulary the one with the largest logit, the first of equals.
+
+    hidden [T, W], weight [V / tp, W]. The ranks of the group get the same answer.
+    """
+    first = weight.shape[0] * dist.get_rank(group)
+    own = weight[: max(0, num_choices - first)]
+    largest = torch.full((len(hidden),), float("-inf"), device=hidden.device)
+    tokens = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
+    for part in _chunks(hidden, weight) if len(own) else []:
+        largest[part], tokens[part] = (hidden[part] @ own.t()).float().max(dim=1)
+    # A float64 holds a float32 and an index exactly, so one collective tells both.
+    answers = torch.stack([largest.double(), (tokens + first).double()])
+    parts = [torch.empty_like(answers) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, answers, group=group)
+    by_rank = torch.stack(parts)
+    best = by_rank[:, 0].argmax(dim=0, keepdim=True)
+    return by_rank[:, 1].gather(0, best).squeeze(0).long()
+
+
 class LanguageModelHead(ColumnParallelLinear):
-    """hidden [T, W], labels int64 [T] -> fp32 losses [T]; T may be 0. The weight is its own, as ZeRO-3 wants."""
+    """hidden [T, W], labels int64 [T] -> fp32 losses [T]; T may be 0. Without labels -> the likeliest text tokens.
+
+    The weight is its own, as ZeRO-3 wants.
+    """
 
     def __init__(self, config: LanguageModelConfig) -> None:
         super().__init__(
@@ -88,6 +112,9 @@ class LanguageModelHead(ColumnParallelLinear):
             gather_output=False,
             tp_group=get_tensor_model_parallel_group(),
         )
+        self.text_vocab_size = config.text_vocab_size
 
-    def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
+        if labels is None:
+            return likeliest_tokens(hidden, self.weight, self.text_vocab_size, get_tensor_model_parallel_group())
         return VocabParallelCrossEntropy.apply(hidden, self.weight, labels, get_tensor_model_parallel_group())

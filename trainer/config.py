@@ -43,6 +43,11 @@ LEAST = {
     "guard.max_rollbacks": 0,
     "guard.hang_minutes": 0,
     "stop_after_minutes": 0,
+    "validation.every_steps": 0,
+    "validation.rows": 1,
+    "validation.retrieval": 0,
+    "validation.samples": 0,
+    "validation.sample_tokens": 1,
 }
 SHARES = ("optim.beta1", "optim.beta2", "optim.warmup_ratio", "optim.min_lr_ratio")
 
@@ -152,6 +157,22 @@ class MonitorConfig:
 
 
 @dataclass
+class ValidationConfig:
+    """On the documents that data.sources.*.holdout keeps from training; a source that keeps none takes no part.
+
+    every_steps: 0 = never. rows: packed rows a source, at most. retrieval: pictures among which that of a text is
+    looked for, at most; 0 = off. samples: pictures of which captions are generated and kept; 0 = off. sample_tokens:
+    length of such a caption, at most.
+    """
+
+    every_steps: int = 1000
+    rows: int = 8
+    retrieval: int = 32
+    samples: int = 4
+    sample_tokens: int = 32
+
+
+@dataclass
 class InitConfig:
     """Where weights start; "" = at random.
 
@@ -183,6 +204,7 @@ class PretrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     init: InitConfig = field(default_factory=InitConfig)
 
 
@@ -244,6 +266,20 @@ def validate(config: PretrainConfig, dp_size: int) -> None:
             "models.weights.import_"
         )
     validate_batching(config.data, dp_size, config.model.causal_transformer.num_queries)
+    validate_validation(config)
+
+
+def validate_validation(config: PretrainConfig) -> None:
+    """A retrieval among one, and captions longer than the model's texts."""
+    validation = config.validation
+    if validation.retrieval == 1:
+        raise UserError("validation.retrieval=1 leaves nothing to choose from: give 0 or at least 2")
+    room = config.model.language_model.max_positions - config.model.causal_transformer.num_queries - 3
+    if validation.samples and validation.sample_tokens > room:
+        raise UserError(
+            f"validation.sample_tokens={validation.sample_tokens} and a picture do not fit into "
+            f"model.language_model.max_positions={config.model.language_model.max_positions}: give at most {room}"
+        )
 
 
 def validate_parallel(config: PretrainConfig) -> None:

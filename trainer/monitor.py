@@ -21,6 +21,7 @@ COLLAPSE = (
     "step %d: collapse alarm, the visual embeddings of different images are alike (spread %.4f): a falling regression "
     "loss means nothing now; lower the learning rates, or train with objective=from_scratch"
 )
+CONSOLE_VALIDATION = ("loss/text", "loss/image", "retrieval_at_1", "retrieval_of")
 CONSOLE = ("loss/text", "loss/image", "explained_variance_first", "embedding_spread", "grad_norm")
 
 
@@ -30,7 +31,7 @@ class Monitor:
 
     def __init__(self, run_dir: Path, config: MonitorConfig, resolved_config: dict[str, Any], attempt: int) -> None:
         self.config = config
-        self.attempt = attempt
+        self.attempt, self.run_dir = attempt, run_dir
         self.collapsed = False
         self.metrics = LineFile(run_dir / "metrics.jsonl")
         self.events = LineFile(run_dir / "events.jsonl")
@@ -73,6 +74,17 @@ class Monitor:
         except Exception as error:
             log.warning("wandb is off from here on (%s); metrics.jsonl has everything", error)
             self.wandb = None
+
+    def validation(self, step: int, values: dict[str, Any], samples: Path | None = None) -> None:
+        """A line of validation.jsonl. samples: folder that `write_samples` made, for wandb."""
+        lines = LineFile(self.run_dir / "validation.jsonl")
+        lines.write({"attempt": self.attempt, "step": step, **values})
+        lines.close()
+        shown = "  ".join(f"{name} {values[name]:.4g}" for name in CONSOLE_VALIDATION if name in values)
+        print(f"validation at step {step}: {shown}", flush=True)
+        self.send({f"validation/{name}": value for name, value in values.items()}, step)
+        if samples is not None and self.wandb is not None:
+            self.send({"validation/samples": _wandb_images(samples)}, step)
 
     def event(self, kind: str, step: int, **facts: Any) -> None:
         self.events.write({"attempt": self.attempt, "step": step, "event": kind, **facts})
@@ -136,6 +148,20 @@ class LineFile:
 
     def close(self) -> None:
         os.close(self._descriptor)
+
+
+def _wandb_images(folder: Path) -> list[Any]:
+    """Pictures with both captions; none if wandb cannot take them: it never stops a run."""
+    try:
+        import wandb
+
+        return [
+            wandb.Image(str(folder / sample["image"]), caption=f"{sample['generated']} (truth: {sample['truth']})")
+            for sample in json.loads((folder / "samples.json").read_text(encoding="utf-8"))
+        ]
+    except Exception as error:
+        log.warning("wandb does not take the sample pictures (%s); they are in %s", error, folder)
+        return []
 
 
 def start_wandb(run_dir: Path, config: MonitorConfig, resolved_config: dict[str, Any]) -> Any | None:

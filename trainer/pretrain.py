@@ -31,14 +31,16 @@ from trainer.checkpoint_writer import CheckpointWriter
 from trainer.config import PretrainConfig, fill_vocabulary, register_schemas, to_dataclass, validate
 from trainer.endings import as_user_error, lost_connection
 from trainer.engine import build_engine, init_distributed, set_process_options
+from trainer.held_out import HeldOut
 from trainer.monitor import Monitor, quiet_libraries
 from trainer.profiling import Profiler
 from trainer.rollback import roll_back
 from trainer.saving import Saver
-from trainer.state import TrainState, begin_save, find_checkpoint, from_rank_0, resume
+from trainer.state import TrainState, begin_save, due, find_checkpoint, from_rank_0, resume
 from trainer.step import Job, one_step
 from trainer.stop import STOPPED_BY_SIGNAL, StopRequest
 from trainer.topology import Topology
+from trainer.validation import run_validation
 from trainer.watchdog import Watchdog
 
 SPEAKING_S = 2.0
@@ -113,6 +115,7 @@ def run_steps(
         cursors=state.cursors,
         unreachable_log=Path(config.run_dir, "unreachable.jsonl") if topology.tp_rank == 0 else None,
     )
+    held_out = HeldOut(config, indexes, tokenizer, topology)
     first_step = state.step
     last_step = min(config.total_steps, config.stop_after_step or config.total_steps)
     run_dir, writer = Path(config.run_dir), CheckpointWriter(Path(config.run_dir), topology)
@@ -142,6 +145,10 @@ def run_steps(
                     tell("rollback", state.step, to_step=back, passed_over=[back + 1, state.step])
                 saver.after_step(state.step)
             watchdog.beat()
+            if due(state.step, config.validation.every_steps):
+                with job.instruments.phases("validation"):
+                    run_validation(engine, held_out, monitor, state.step)
+                watchdog.beat()
     saver.last(state.step)
     if state.step < last_step:
         code, reason = STOPPED_BY_SIGNAL, f"stopped {stop.reason} after step {state.step}"

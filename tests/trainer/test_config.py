@@ -16,7 +16,7 @@ from tests.trainer.tiny_job import environment, overrides, run_command
 from trainer.check import check
 from trainer.config import PretrainConfig, compose_config, fill_vocabulary, validate
 
-GROUPS = ("model", "data", "objective", "optim", "parallel", "checkpoint", "monitor", "experiment")
+GROUPS = ("model", "data", "objective", "optim", "parallel", "checkpoint", "monitor", "validation", "experiment")
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted(Path(CONF_DIR, group).glob("*.yaml"))]
 PROPORTIONS = {"laion": 128, "laion_coco": 128, "mmc4": 64, "webvid": 16, "storyboard": 16}
 """Batch sizes in the paper's table of corpora."""
@@ -57,6 +57,7 @@ def test_a_dataclass_without_its_yaml_has_the_same_values() -> None:
     composed, plain = compose_config([]), PretrainConfig(run_dir="outputs/run")
     assert (composed.optim, composed.objective) == (plain.optim, plain.objective)
     assert (composed.checkpoint, composed.monitor, composed.init) == (plain.checkpoint, plain.monitor, plain.init)
+    assert composed.validation == plain.validation
 
 
 @pytest.mark.slow
@@ -128,6 +129,13 @@ def test_the_vocabulary_is_the_tokenizers(corpora: Path, tokenizer_path: Path) -
         ("checkpoint.keep=0", "checkpoint.keep=0 is too small: give at least 1"),
         ("optim.language_model_lr=-1", "optim.language_model_lr=-1.0 is too small: give at least 0"),
         ("monitor.log_every_steps=0", "monitor.log_every_steps=0 is too small: give at least 1"),
+        ("validation.rows=0", "validation.rows=0 is too small: give at least 1"),
+        ("validation.every_steps=-1", "validation.every_steps=-1 is too small: give at least 0"),
+        ("validation.retrieval=1", "validation.retrieval=1 leaves nothing to choose from: give 0 or at least 2"),
+        (
+            "validation.sample_tokens=2040",
+            "validation.sample_tokens=2040 and a picture do not fit into model.language_model.max_positions=2048",
+        ),
         ("optim.warmup_ratio=1.5", "optim.warmup_ratio=1.5 is not a share: give a number from 0 to 1"),
         ("model.vision.patch_size=15", "model.vision.image_size=224 is not a multiple of model.vision.patch_size=15"),
         ("data.seq_len=4096", "data.seq_len=4096 is longer than model.language_model.max_positions=2048"),

@@ -1,0 +1,67 @@
+"""Forward passes between two training steps that leave nothing behind."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from deepspeed import DeepSpeedEngine
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from torch import nn
+
+COUNTER = "applied_pre_backward_ref_cnt"
+"""Where ZeRO-3 counts the forward passes of a module whose backward pass is still to come."""
+
+
+@contextmanager
+def evaluating(engine: DeepSpeedEngine) -> Iterator[nn.Module]:
+    """The module, to be called directly (the engine would count micro-batches), without gradients and dropout.
+
+    All ranks must call it equally often. Weights, gradients, random states, DeepSpeed's counters and, at ZeRO-3, which
+    weights are whole and the order in which training will want them, are afterwards what they were.
+    """
+    module, was_training = engine.module, engine.module.training
+    offload = getattr(engine.optimizer, "parameter_offload", None)
+    module.eval()
+    try:
+        with torch.no_grad():
+            if offload is None:
+                yield module
+            else:
+                with _own_trace(offload), _same_counters(module):
+                    yield module
+    finally:
+        module.train(was_training)
+
+
+@contextmanager
+def _own_trace(offload: Any) -> Iterator[None]:
+    """ZeRO-3 fetches ahead by the order of modules that it has seen, which is forward and backward in training: passes
+    without backward get a record of their own, kept from one validation to the next."""
+    of_training = offload.param_coordinator
+    if not hasattr(offload, "evaluation_coordinator"):
+        own = copy.copy(of_training)
+        if not own.is_invalid_trace():
+            own._invalidate_trace()
+        offload.evaluation_coordinator = own
+    offload.param_coordinator = offload.evaluation_coordinator
+    try:
+        yield
+    finally:
+        offload.param_coordinator = of_training
+    # While a record is made, small weights too are let go, which training keeps whole between its steps.
+    persistent = offload.persistent_parameters
+    if any(parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE for parameter in persistent):
+        persistent[0].all_gather(persistent)
+
+
+@contextmanager
+def _same_counters(module: nn.Module) -> Iterator[None]:
+    before = {part: part.__dict__.get(COUNTER, 0) for part in module.modules()}
+    yield
+    for part, count in before.items():
+        if COUNTER in part.__dict__:
+            part.__dict__[COUNTER] = count

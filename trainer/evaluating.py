@@ -44,6 +44,7 @@ def _own_trace(offload: Any) -> Iterator[None]:
     of_training = offload.param_coordinator
     if not hasattr(offload, "evaluation_coordinator"):
         own = copy.copy(of_training)
+        own._clear_trace_structures()  # before a first step it has lists that a copy would share
         if not own.is_invalid_trace():
             own._invalidate_trace()
         offload.evaluation_coordinator = own

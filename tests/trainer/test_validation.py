@@ -22,7 +22,7 @@ from data_pipelines.loader import holdout_documents, open_indexes
 from data_pipelines.packing import tokenize_documents
 from data_pipelines.retries import UnreachableError
 from data_pipelines.tokenizer import Tokenizer
-from tests.trainer.tiny_job import overrides
+from tests.trainer.tiny_job import overrides, run_command
 from trainer import held_out as held_out_module
 from trainer.config import MonitorConfig, PretrainConfig, compose_config, fill_vocabulary
 from trainer.held_out import Dealt, HeldOut
@@ -303,3 +303,23 @@ def test_what_the_monitor_does_with_it(tmp_path: Path, capsys: pytest.CaptureFix
     assert lines[0] == {"attempt": 3, "step": 20, "loss/text": 2.5, "retrieval_at_1": 0.25, "retrieval_of": 32}
     assert [line["step"] for line in lines[:2]] == [20, 40]
     assert "validation at step 20: loss/text 2.5  retrieval_at_1 0.25  retrieval_of 32" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_run_validates_when_it_is_due(corpora: Path, tokenizer_path: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    more = ["total_steps=5", "validation.every_steps=2", "validation.rows=2", "monitor.wandb=offline"]
+    done = run_command(
+        "trainer.pretrain", overrides(corpora, tokenizer_path, run_dir, *HELD, *more), tmp_path, EMU_DATA=str(corpora)
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (run_dir / "validation.jsonl").read_text().splitlines()]
+    assert [(line["attempt"], line["step"]) for line in lines] == [(1, 2), (1, 4)]
+    assert lines[0].keys() == {
+        *("attempt", "step", "loss/text", "loss/text/laion", "loss/text/mmc4", "loss/image", "loss/image/laion"),
+        *("retrieval_at_1", "retrieval_of"),
+    }
+    assert sorted(path.name for path in (run_dir / "samples").iterdir()) == ["step-00000002", "step-00000004"]
+    samples = json.loads((run_dir / "samples" / "step-00000004" / "samples.json").read_text(encoding="utf-8"))
+    assert len(samples) == 4 and all(sample["truth"] for sample in samples)
+    assert "wandb" not in done.stdout + done.stderr

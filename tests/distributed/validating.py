@@ -109,6 +109,7 @@ def look(
 def train(config: PretrainConfig, topology: Topology, validates: bool, seen: Seen) -> None:
     from tests.distributed.parity import gathered
     from trainer.engine import build_engine, set_process_options
+    from trainer.evaluating import COUNTER
     from trainer.held_out import HeldOut
     from trainer.loop import training_step
     from trainer.state import TrainState
@@ -144,7 +145,8 @@ def train(config: PretrainConfig, topology: Topology, validates: bool, seen: See
         result[f"step {step}"] = torch.cat([value.double() for value in sums])
     result |= gathered(engine, topology)
     result["random"] = torch.get_rng_state()
-    result["counters"] = torch.tensor([engine.global_steps, engine.micro_steps, engine.global_samples])
+    awaited = sum(part.__dict__.get(COUNTER, 0) for part in engine.module.modules())
+    result["counters"] = torch.tensor([engine.global_steps, engine.micro_steps, engine.global_samples, awaited])
     seen.trainings.append(result)
     engine.destroy()
 

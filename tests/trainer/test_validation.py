@@ -68,9 +68,12 @@ def all_held_out(composed: tuple[PretrainConfig, dict[str, Index], Tokenizer], s
 
 def test_rows_hold_the_first_documents_that_fill_them(compose: Any) -> None:
     composed = compose(*HELD, "validation.rows=3")
-    rows = held_out_of(composed).chosen().rows
+    held_out = held_out_of(composed)
+    rows = held_out.chosen().rows
     for source in ("laion", "mmc4"):
         every = [document.key for document in all_held_out(composed, source)]
+        searched = num_enough(all_held_out(composed, source), 3, composed[0].data)
+        assert len(held_out._search(source)) == searched  # and not what happens to be in the last chunk
         used = [d.key for row in rows.own for d in row.documents if d.key.source == source]
         assert sorted(used) == every[: len(used)] and len(used) < len(every)
         assert sum(row.documents[0].key.source == source for row in rows.own) == 3

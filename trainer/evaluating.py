@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import nn
 
 COUNTER = "applied_pre_backward_ref_cnt"
@@ -20,8 +19,8 @@ COUNTER = "applied_pre_backward_ref_cnt"
 def evaluating(engine: DeepSpeedEngine) -> Iterator[nn.Module]:
     """The module, to be called directly (the engine would count micro-batches), without gradients and dropout.
 
-    All ranks must call it equally often. Weights, gradients, random states, DeepSpeed's counters and, at ZeRO-3, which
-    weights are whole and the order in which training will want them, are afterwards what they were.
+    All ranks must call it equally often. Weights, gradients, random states, DeepSpeed's counters and, at ZeRO-3, the
+    order in which training will want the weights, are afterwards what they were.
     """
     module, was_training = engine.module, engine.module.training
     offload = getattr(engine.optimizer, "parameter_offload", None)
@@ -53,10 +52,6 @@ def _own_trace(offload: Any) -> Iterator[None]:
         yield
     finally:
         offload.param_coordinator = of_training
-    # While a record is made, small weights too are let go, which training keeps whole between its steps.
-    persistent = offload.persistent_parameters
-    if any(parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE for parameter in persistent):
-        persistent[0].all_gather(persistent)
 
 
 @contextmanager

@@ -21,12 +21,12 @@ from trainer.config import PretrainConfig
 from trainer.topology import Topology
 
 NUM_STEPS = 4
-VALIDATED_BEFORE = (0, 1, 3)
-"""Steps with a validation before them: ZeRO-3 learns its order of modules in the first one or two."""
 
 
 @dataclass(frozen=True)
 class Layout:
+    """validated: steps with a validation before them. ZeRO-3 learns its order of modules in the first step."""
+
     dp: int
     tp: int
     stage: int
@@ -34,13 +34,14 @@ class Layout:
     sequence: bool = False
     recompute: str = "none"
     objective: str = "full"
+    validated: tuple[int, ...] = (0, 1, 3)
 
 
 @dataclass
 class Seen:
     """values, captions: at the start. few: the same with fewer rows than ranks. trainings: loss sums, gradient norms,
-    weights and the like of training without and with validations. num_disturbed: how often ZeRO-3's record of training
-    was thrown away. whole_weights: how many weights are whole on this rank, by step, first without validations.
+    weights and the like of training without and with validations. whole_weights, kept_order: how many weights are whole
+    on this rank, and whether ZeRO-3 keeps its record of training, by step, first without validations.
     """
 
     values: dict[str, float] = field(default_factory=dict)
@@ -48,8 +49,8 @@ class Seen:
     few: dict[str, float] = field(default_factory=dict)
     few_captions: list[tuple[str, str, str]] = field(default_factory=list)
     trainings: list[dict[str, Tensor]] = field(default_factory=list)
-    num_disturbed: int = 0
     whole_weights: list[int] = field(default_factory=list)
+    kept_order: list[bool] = field(default_factory=list)
 
 
 def in_layout(config: PretrainConfig, layout: Layout) -> PretrainConfig:
@@ -89,7 +90,7 @@ def run_layout(config: PretrainConfig, layout: Layout, topology: Topology, train
     seen.few, seen.few_captions = look(engine, with_few(config), topology)
     engine.destroy()
     for validates in (False, True) if trains else ():
-        train(config, topology, validates, seen)
+        train(config, layout.validated if validates else (), topology, seen)
     return seen
 
 
@@ -106,7 +107,7 @@ def look(
     return values, [(sample.source, sample.truth, sample.generated) for sample in samples]
 
 
-def train(config: PretrainConfig, topology: Topology, validates: bool, seen: Seen) -> None:
+def train(config: PretrainConfig, validated: tuple[int, ...], topology: Topology, seen: Seen) -> None:
     from tests.distributed.parity import gathered
     from trainer.engine import build_engine, set_process_options
     from trainer.evaluating import COUNTER
@@ -132,16 +133,17 @@ def train(config: PretrainConfig, topology: Topology, validates: bool, seen: See
             tp_size=topology.tp_size,
         )
     )
-    if validates:
-        count_disturbances(engine, seen)
     result: dict[str, Tensor] = {}
+    order = module_order(engine)
     for step in range(NUM_STEPS):
-        if validates and step in VALIDATED_BEFORE:
+        if step in validated:
             validate(engine, held_out)
         seen.whole_weights.append(sum(p.numel() > 0 for p in engine.module.parameters()))
         batches = [next(loader) for _ in range(engine.gradient_accumulation_steps())]
         done = training_step(engine, batches, state, config, topology)
         sums = [done.sums.values["text_loss"], done.sums.values["image_loss"], torch.tensor([done.grad_norm])]
+        seen.kept_order.append(module_order(engine) is order)
+        order = module_order(engine)
         result[f"step {step}"] = torch.cat([value.double() for value in sums])
     result |= gathered(engine, topology)
     result["random"] = torch.get_rng_state()
@@ -151,17 +153,10 @@ def train(config: PretrainConfig, topology: Topology, validates: bool, seen: See
     engine.destroy()
 
 
-def count_disturbances(engine: Any, seen: Seen) -> None:
+def module_order(engine: Any) -> Any:
+    """ZeRO-3's record of the order in which training calls modules; another object once it was thrown away."""
     offload = getattr(engine.optimizer, "parameter_offload", None)
-    if offload is not None:
-        coordinator = offload.param_coordinator
-        invalidate = coordinator._invalidate_trace
-
-        def counted() -> None:
-            seen.num_disturbed += offload.param_coordinator is coordinator
-            invalidate()
-
-        coordinator._invalidate_trace = counted
+    return offload and vars(offload.param_coordinator)["_PartitionedParameterCoordinator__submodule_order"]
 
 
 def run_layouts(config: PretrainConfig, layouts: dict[str, Layout], train_in: list[str]) -> dict[str, Any]:

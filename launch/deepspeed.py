@@ -35,6 +35,7 @@ POLL_S = 0.1
 ALONE_S, AT_ONCE_S = 5.0, 1.0
 """So long ranks may go on when one of them has died, and after a second signal."""
 FREE_S = 60.0
+"""So long what they leave behind may take to notice."""
 
 
 @dataclass

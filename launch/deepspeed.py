@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -25,15 +24,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from conf import UserError, run_cli
+from launch.supervise import POLL_S, StopRequest, supervise
 from trainer import run_folder
 
 TRAINING_MODULE = "trainer.pretrain"
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 PREEMPTED_CODE, START_AGAIN_CODE = 75, 76
 """The trainer's (trainer/stop.py, which login nodes cannot import)."""
-POLL_S = 0.1
-ALONE_S, AT_ONCE_S = 5.0, 1.0
-"""So long ranks may go on when one of them has died, and after a second signal."""
 FREE_S = 60.0
 """So long what they leave behind may take to notice."""
 
@@ -59,33 +55,6 @@ class Job:
             raise UserError(f"--grace-s is {self.grace_s:g}: give the seconds to wait after a stop signal, at least 0")
         if self.restarts < 0:
             raise UserError(f"--restarts is {self.restarts}: give how often to start again, at least 0")
-
-
-class StopRequest:
-    """Remembers the latest stop signal and when the first came; installed for the life of the command."""
-
-    def __init__(self) -> None:
-        self.signum: int | None = None
-        self.since = self.again = 0.0
-        self.count = 0
-        for signum in STOP_SIGNALS:
-            signal.signal(signum, self._remember)
-
-    def _remember(self, signum: int, frame: object) -> None:
-        self.since = self.since or time.monotonic()
-        self.again = time.monotonic()
-        self.signum = signum
-        self.count += 1
-
-
-def read_rank_pids(run_dir: Path) -> list[int]:
-    """Process ids that the ranks have written so far (`pids/rank-*.pid`)."""
-    pids = []
-    for path in sorted((run_dir / "pids").glob("rank-*.pid")):
-        text = path.read_text().strip()
-        if text.isdigit():  # a file may be seen before its content
-            pids.append(int(text))
-    return pids
 
 
 def prepare_run_dir(run_dir: Path) -> None:
@@ -138,63 +107,6 @@ def launcher_env(num_procs: int) -> dict[str, str]:
     """The caller's environment; ranks share the cores, and stop by themselves when EMU_LAUNCHER_PID is gone."""
     threads = max(1, (os.cpu_count() or 1) // num_procs)
     return {"OMP_NUM_THREADS": str(threads), **os.environ, "EMU_LAUNCHER_PID": str(os.getpid())}
-
-
-def vanished(run_dir: Path) -> list[int]:
-    """Ranks that have been there and are gone."""
-    return [rank for rank, pid in enumerate(read_rank_pids(run_dir)) if not _is_running(pid)]
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state not in "ZX"
-
-
-def signal_ranks(run_dir: Path, session: int, signum: int, done: set[int]) -> None:
-    """Send `signum` once to every rank that is not in `done`; pid files of other sessions are not ours."""
-    for pid in read_rank_pids(run_dir):
-        try:
-            if pid not in done and os.getsid(pid) == session:
-                os.kill(pid, signum)
-                done.add(pid)
-        except ProcessLookupError:
-            done.add(pid)
-
-
-def supervise(launcher: subprocess.Popen[bytes], job: Job, stop: StopRequest) -> int:
-    """Wait for the launcher, pass stop signals on, and leave nothing running. Returns the launcher's exit code.
-
-    The launcher leads a session of its own: a Ctrl-C of the terminal does not reach the ranks past this process.
-    Ranks that start after the signal get it as soon as their pid file appears.
-    """
-    handled, done, dead, died_at = 0, set[int](), list[int](), 0.0
-    while launcher.poll() is None:
-        if not dead and stop.signum is None:
-            dead, died_at = vanished(job.run_dir), time.monotonic()
-            if dead and not (job.run_dir / "exit.json").exists():
-                print(f"rank {', '.join(map(str, dead))} has died", file=sys.stderr, flush=True)
-        if dead and time.monotonic() - died_at > ALONE_S:
-            break
-        if stop.signum is not None:
-            if stop.count != handled:
-                handled, done = stop.count, set()
-                print(f"{signal.Signals(stop.signum).name}: up to {job.grace_s:g} s for the ranks to stop", flush=True)
-            signal_ranks(job.run_dir, launcher.pid, stop.signum, done)
-            if time.monotonic() - stop.since > job.grace_s:
-                break
-            if stop.count > 1 and time.monotonic() - stop.again > AT_ONCE_S:
-                break
-        time.sleep(POLL_S)
-    _kill_session(launcher.pid)
-    return launcher.wait()
-
-
-def _kill_session(session: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(session, signal.SIGKILL)
 
 
 def read_exit(run_dir: Path, launcher_code: int, stop_requested: bool) -> tuple[int, str]:
@@ -271,7 +183,7 @@ def run_once(job: Job, stop: StopRequest) -> tuple[int, str]:
     command = launcher_command(job, os.environ.get("CUDA_VISIBLE_DEVICES", ""), free_port())
     prepare_run_dir(job.run_dir)
     launcher = subprocess.Popen(command, env=launcher_env(job.num_procs), start_new_session=True)
-    launcher_code = supervise(launcher, job, stop)
+    launcher_code = supervise(launcher, job.run_dir, job.grace_s, stop)
     if stop.signum is not None and stop.count > 1:
         return 128 + stop.signum, "ended at once by a second signal"
     return read_exit(job.run_dir, launcher_code, stop.signum is not None)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch.deepspeed import read_rank_pids
+from launch.supervise import read_rank_pids
 from tests.trainer.tiny_job import REPOSITORY, environment, overrides
 
 TIMEOUT_S = 240.0
@@ -132,4 +132,4 @@ class ChaosRun:
         return any((self.run_dir / "checkpoints").glob("*.partial/*"))
 
     def ranks(self) -> list[int]:
-        return read_rank_pids(self.run_dir)
+        return list(read_rank_pids(self.run_dir).values())

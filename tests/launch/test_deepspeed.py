@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from conf import UserError
-from launch.deepspeed import Job, launcher_command, prepare_run_dir, read_exit, read_rank_pids
+from launch.deepspeed import Job, launcher_command, prepare_run_dir, read_exit
+from launch.supervise import read_rank_pids
 from tests.launch.stub_job import OBEYED_CODE
 from trainer import run_folder
 
@@ -29,7 +30,7 @@ def wait_for_ranks(run_dir: Path, count: int = 2) -> list[int]:
     while len(read_rank_pids(run_dir)) < count:
         assert time.monotonic() < deadline, "the ranks did not start"
         time.sleep(0.05)
-    return read_rank_pids(run_dir)
+    return list(read_rank_pids(run_dir).values())
 
 
 def is_running(pid: int) -> bool:
@@ -103,17 +104,17 @@ def test_run_folder_in_use_is_refused_and_left_alone(tmp_path: Path) -> None:
     run_folder.write_pid(tmp_path, rank=0)
     with pytest.raises(UserError, match=f"in use by process {os.getpid()}"):
         prepare_run_dir(tmp_path)
-    assert read_rank_pids(tmp_path) == [os.getpid()]
+    assert read_rank_pids(tmp_path) == {0: os.getpid()}
     lock.close()
     prepare_run_dir(tmp_path)
-    assert read_rank_pids(tmp_path) == []
+    assert read_rank_pids(tmp_path) == {}
 
 
 def test_unreadable_pid_files_are_passed_over(tmp_path: Path) -> None:
     (tmp_path / "pids").mkdir()
     for name, text in {"rank-00000.pid": "", "rank-00001.pid": "-1", "rank-00002.pid": "12\n"}.items():
         (tmp_path / "pids" / name).write_text(text)
-    assert read_rank_pids(tmp_path) == [12]
+    assert read_rank_pids(tmp_path) == {2: 12}
 
 
 @pytest.mark.parametrize(

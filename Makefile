@@ -5,6 +5,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# Tests of one file share what takes long to set up.
+TWO_AT_A_TIME := -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-fast test-matrix test-export bench-order bench-resume bench-data bench-memory bench-gpu bench-step bench-checkpoint chaos lint
@@ -32,16 +34,16 @@ demo: install ## train, stop, resume, export and use a small Emu on drawn scenes
 	$(BIN)/python -m benchmarks.demo.run
 
 test: install ## the whole test suite
-	$(TESTS) -m "not matrix"
+	$(TESTS) -m "not matrix" $(TWO_AT_A_TIME)
 
 test-fast: install ## the tests that take seconds
-	$(TESTS) -m "not slow and not gpu and not matrix"
+	$(TESTS) -m "not slow and not gpu and not matrix" $(TWO_AT_A_TIME)
 
 test-matrix: install ## training in every parallel layout, and every move of a checkpoint between layouts
 	$(TESTS) tests/distributed -m matrix
 
 chaos: install ## 25 runs whose ranks are killed at random times, and every other fault
-	EMU_CHAOS_RUNS=25 $(TESTS) tests/chaos
+	EMU_CHAOS_RUNS=25 $(TESTS) tests/chaos -n 2 --dist load
 
 test-export: install ## an exported package in an environment that has only its own dependencies
 	$(TESTS) tests/inference -m clean_env

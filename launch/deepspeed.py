@@ -13,6 +13,7 @@ Exit codes: 0 done; 2 something to mend, in one sentence; 75 stopped in order by
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
 import json
 import os
@@ -78,23 +79,23 @@ def _module_args(job: Job) -> list[str]:
 
 
 def launcher_command(job: Job, visible_devices: str, port: int) -> list[str]:
-    """The DeepSpeed command line.
+    """DeepSpeed's launcher of one node, which `deepspeed` itself would start a few seconds later.
 
-    visible_devices: CUDA_VISIBLE_DEVICES, which DeepSpeed overrules as soon as it is given a number of devices.
+    visible_devices: CUDA_VISIBLE_DEVICES, numbers or names; the ranks get the first ones.
     """
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile=", "--log_level=error"]
-    command.append(f"--master_port={port}")
-    devices = [device.strip() for device in visible_devices.split(",")]
-    if all(device.isdigit() for device in devices):
-        if len(devices) < job.num_procs:
-            raise UserError(
-                f"--num-procs is {job.num_procs} but CUDA_VISIBLE_DEVICES={visible_devices} shows {len(devices)} "
-                f"devices: lower the one or widen the other."
-            )
-        command.append(f"--include=localhost:{','.join(devices[: job.num_procs])}")
-    else:
-        command.append(f"--num_gpus={job.num_procs}")
-    return [*command, "--no_local_rank", "--module", job.module, *_module_args(job)]
+    devices = [device.strip() for device in visible_devices.split(",") if device.strip()]
+    if devices and len(devices) < job.num_procs:
+        raise UserError(
+            f"--num-procs is {job.num_procs} but CUDA_VISIBLE_DEVICES={visible_devices} shows {len(devices)} devices: "
+            f"lower the one or widen the other."
+        )
+    world = {"localhost": (devices or [*map(str, range(job.num_procs))])[: job.num_procs]}
+    encoded = base64.urlsafe_b64encode(json.dumps(world).encode()).decode()
+    return [
+        *(sys.executable, "-u", "-m", "deepspeed.launcher.launch", "--log_level=error"),
+        *(f"--world_info={encoded}", "--master_addr=127.0.0.1", f"--master_port={port}"),
+        *("--no_local_rank", "--module", job.module, *_module_args(job)),
+    ]
 
 
 def free_port() -> int:

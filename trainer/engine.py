@@ -24,8 +24,8 @@ from trainer.config import MAX_BUCKET, OptimConfig, ParallelConfig, PretrainConf
 from trainer.topology import Topology
 
 # On a CPU DeepSpeed would compile an all-reduce of its own at the first start: a minute, and a start that is killed
-# meanwhile leaves a lock for which all later ones wait for ever.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+# meanwhile leaves a lock for which all later ones wait for ever. What it finds by itself here it finds with a compiler.
+deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
 UNDECAYED = ("queries", "pos_embed", "cls_token", "relative_attention_bias")
 
 

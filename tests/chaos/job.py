@@ -21,7 +21,7 @@ from models.emu import Emu
 from models.weights import tensor_files
 from trainer import pretrain, step
 
-SLOW_WRITE_S = 0.05
+SLOW_WRITE_S = 0.005
 FAULT: dict[str, Any] = json.loads(os.environ.get("EMU_FAULT", "{}"))
 RANK = int(os.environ.get("RANK", "0"))
 now: dict[str, int] = {}

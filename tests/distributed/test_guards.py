@@ -58,11 +58,13 @@ def train(overrides_: list[str], bad_steps: tuple[int, ...], kind: str) -> tuple
     try:
         end: int | str = pretrain.train(config)
     except (UserError, SystemExit):
-        end = json.loads(Path(config.run_dir, "exit.json").read_text())["reason"]
+        end = ""
     finally:
         Emu.forward, pretrain.one_step = original, one_step  # type: ignore[method-assign]
         run_folder.release()
         dist.barrier()
+    if end == "":  # another rank may have been the one to say why
+        end = json.loads(Path(config.run_dir, "exit.json").read_text())["reason"]
     lines = Path(config.run_dir, "events.jsonl").read_text().splitlines()
     return end, [json.loads(line) for line in lines]
 

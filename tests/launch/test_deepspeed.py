@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import json
 import os
 import signal
@@ -136,11 +137,17 @@ def test_exit_code(tmp_path: Path, text: str | None, launcher_code: int, stop_re
     assert read_exit(tmp_path, launcher_code, stop_requested)[0] == code
 
 
+def devices_in(command: list[str]) -> list[object]:
+    encoded = next(part.partition("=")[2] for part in command if part.startswith("--world_info="))
+    return json.loads(base64.urlsafe_b64decode(encoded))["localhost"]
+
+
 def test_visible_devices_are_kept(tmp_path: Path) -> None:
     job = Job(num_procs=2, run_dir=tmp_path, overrides=["seed=1"])
-    assert "--include=localhost:4,5" in launcher_command(job, "4,5,6", 29500)
+    assert devices_in(launcher_command(job, "4,5,6", 29500)) == ["4", "5"]
+    assert devices_in(launcher_command(job, "GPU-a,GPU-b", 29500)) == ["GPU-a", "GPU-b"]
     command = launcher_command(job, "", 29500)
-    assert "--num_gpus=2" in command
+    assert devices_in(command) == ["0", "1"]
     assert command[-3:] == ["trainer.pretrain", f"run_dir={tmp_path}", "seed=1"]
     with pytest.raises(UserError, match="shows 1 devices"):
         launcher_command(job, "4", 29500)

@@ -3,54 +3,59 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import pickle
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from importlib import import_module
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
+PRELOADED = ["trainer.pretrain"]
+"""What nearly every function imports, which takes ten seconds: once, in the process that the others are forked from."""
+CONSTANT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+"""Without a CUDA device DeepSpeed would ask an accelerator to be named."""
+_forks = multiprocessing.get_context("forkserver")
+
+
 def run_distributed(
     function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 300.0, init_group: bool = True
 ) -> list[Any]:
-    """`function(*args)` in `world_size` fresh processes; its return values by rank.
+    """`function(*args)` in `world_size` new processes; its return values by rank.
 
     `function` is at the top level of an importable module; arguments and results are pickled. Each process has RANK,
     WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set, one thread, and (unless init_group is false) a gloo group.
-    The first error of any rank ends all and is raised here with its rank and traceback. A start with deepspeed
-    costs seconds: let `function` run several cases.
+    The first error of any rank ends all and is raised here with its rank and traceback.
     """
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         call = (function.__module__, function.__qualname__, args, init_group)
         (folder / "call.pickle").write_bytes(pickle.dumps(call))
         port = _free_port()
-        logs = [(folder / f"{rank}.log").open("wb") for rank in range(world_size)]
-        processes = [_start(folder, rank, world_size, port, log) for rank, log in enumerate(logs)]
+        processes = [_start(folder, rank, world_size, port) for rank in range(world_size)]
         try:
             _wait(processes, folder, timeout_s)
         finally:
             for process in processes:
+                process.kill()
                 # With its children: data loader workers outlive a killed parent.
                 with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-            for log in logs:
-                log.close()
+                    os.killpg(process.pid or 0, signal.SIGKILL)
+                process.join()
         return [pickle.loads((folder / f"{rank}.result").read_bytes()) for rank in range(world_size)]
 
 
-def _start(folder: Path, rank: int, world_size: int, port: int, log: Any) -> subprocess.Popen[bytes]:
+def _start(folder: Path, rank: int, world_size: int, port: int) -> BaseProcess:
     group = {
         "RANK": rank,
         "LOCAL_RANK": rank,
@@ -58,27 +63,27 @@ def _start(folder: Path, rank: int, world_size: int, port: int, log: Any) -> sub
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
     }
-    # Without a CUDA device DeepSpeed would ask an accelerator to be named; children import what the parent does.
-    constant = {
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *sys.path]),
-    }
-    environment = os.environ | constant | {key: str(value) for key, value in group.items()}
-    command = [sys.executable, "-m", "tests.distributed.harness", str(folder)]
-    return subprocess.Popen(
-        command, env=environment, cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-    )
+    before = dict(os.environ)
+    os.environ.update(CONSTANT)  # as they are when the first process is started, they count for the imports
+    try:
+        _forks.set_forkserver_preload(PRELOADED)
+        environment = {**os.environ, **{key: str(value) for key, value in group.items()}}
+        process = _forks.Process(target=_begin, args=(folder, rank, environment))
+        process.start()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return process
 
 
-def _wait(processes: list[subprocess.Popen[bytes]], folder: Path, timeout_s: float) -> None:
+def _wait(processes: list[BaseProcess], folder: Path, timeout_s: float) -> None:
     """Return when all have ended well; raise at the first that has not, or after timeout_s."""
     deadline = time.monotonic() + timeout_s
-    while running := [rank for rank, process in enumerate(processes) if process.poll() is None]:
-        if any(process.poll() for process in processes) or time.monotonic() > deadline:
+    while running := [rank for rank, process in enumerate(processes) if process.exitcode is None]:
+        if any(process.exitcode for process in processes) or time.monotonic() > deadline:
             break
         time.sleep(0.02)
-    failed = {rank: process.returncode for rank, process in enumerate(processes) if process.returncode}
+    failed = {rank: process.exitcode for rank, process in enumerate(processes) if process.exitcode}
     if failed:
         # The ranks that waited for the first one fail too, a little later.
         first = min(failed, key=lambda rank: _error_time(folder, rank))
@@ -104,12 +109,23 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _run_rank(folder: Path) -> None:
+def _begin(folder: Path, rank: int, environment: dict[str, str]) -> None:
+    """Of a forked process: a session and an environment of its own, and a file that takes what it says."""
+    os.setsid()
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(REPOSITORY)
+    log = os.open(folder / f"{rank}.log", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    _run_rank(folder, rank)
+
+
+def _run_rank(folder: Path, rank: int) -> None:
     """What each process does."""
     import torch
     import torch.distributed as dist
 
-    rank = int(os.environ["RANK"])
     torch.set_num_threads(1)
     try:
         module, name, args, init_group = pickle.loads((folder / "call.pickle").read_bytes())
@@ -124,7 +140,3 @@ def _run_rank(folder: Path) -> None:
     # Skip the interpreter's teardown: groups of a rank that ended first make the others complain.
     sys.stdout.flush()
     os._exit(0)
-
-
-if __name__ == "__main__":
-    _run_rank(Path(sys.argv[1]))

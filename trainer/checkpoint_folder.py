@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -18,12 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
 from tqdm import tqdm
 
 from conf import UserError
 from models.weights.fragment_files import write_json
 
-FORMAT = 1
+FORMAT = 2
+DIGEST = "xxh3_128"
 MANIFEST, STATE, LATEST = "manifest.json", "state.json", "latest"
 PARTIAL, REMOVED = ".partial", ".removed"
 
@@ -61,13 +62,18 @@ def start_partial(final: Path) -> None:
     partial.mkdir(parents=True)
 
 
+def new_digest() -> xxhash.xxh3_128:
+    """Against accidents. A cryptographic one takes longer than everything else that a checkpoint does."""
+    return xxhash.xxh3_128()
+
+
 def describe_file(path: Path) -> dict[str, Any]:
-    """Size in bytes and BLAKE2b digest, read back from the file system."""
-    digest = hashlib.blake2b(digest_size=32)
+    """Size in bytes and digest, read back from the file system."""
+    digest = new_digest()
     with path.open("rb") as file:
         while block := file.read(1 << 22):
             digest.update(block)
-    return {"size": path.stat().st_size, "blake2b": digest.hexdigest()}
+    return {"size": path.stat().st_size, DIGEST: digest.hexdigest()}
 
 
 def commit(final: Path, files: dict[str, dict[str, Any]]) -> None:
@@ -102,7 +108,7 @@ def find_damage(path: Path, digests: bool = True) -> str | None:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
             return f"{MANIFEST} has format {manifest['format']}, this version reads {FORMAT}"
-        files = [(str(name), facts["size"], facts["blake2b"]) for name, facts in manifest["files"].items()]
+        files = [(str(name), facts["size"], facts[DIGEST]) for name, facts in manifest["files"].items()]
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -154,7 +160,7 @@ def _file_damage(folder: Path, name: str, size: int, digest: str, digests: bool)
         return f"{name} is missing"
     if path.stat().st_size != size:
         return f"{name} has {path.stat().st_size} bytes instead of {size}"
-    if digests and describe_file(path)["blake2b"] != digest:
+    if digests and describe_file(path)[DIGEST] != digest:
         return f"{name} has changed since it was written"
     return None
 

@@ -7,7 +7,6 @@ finish   wait for the files, manifest, final name, `latest`              collect
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -23,11 +22,13 @@ from torch import Tensor
 from conf import UserError
 from models.weights.fragment_files import WEIGHT, FragmentValues, fragment_key, write_fragments, write_json
 from trainer.checkpoint_folder import (
+    DIGEST,
     STATE,
     SavedState,
     checkpoint_path,
     commit,
     describe_file,
+    new_digest,
     partial_path,
     rank_state_path,
     start_partial,
@@ -152,11 +153,11 @@ def _commit(pending: _Pending, of_ranks: list[Facts]) -> None:
 
 
 def _write_rank(folder: Path, rank: int, values: list[FragmentValues], rank_state: dict[str, Any]) -> Facts:
-    digest = hashlib.blake2b(digest_size=32)
+    digest = new_digest()
     data, index = write_fragments(folder, rank, values, digest)
     write_json(rank_state_path(folder, rank), rank_state)
     return {
-        data.name: {"size": data.stat().st_size, "blake2b": digest.hexdigest()},
+        data.name: {"size": data.stat().st_size, DIGEST: digest.hexdigest()},
         **{path.name: describe_file(path) for path in (index, rank_state_path(folder, rank))},
     }
 

@@ -30,12 +30,10 @@ def roll_back(config: PretrainConfig, engine: DeepSpeedEngine, state: TrainState
     advice = "look at events.jsonl, lower optim.*_lr or optim.grad_clip, and start again from an earlier checkpoint"
     recent = [step for step in state.rollbacks if step > state.step - RECENT_STEPS]
     if len(recent) >= config.guard.max_rollbacks:
-        tried = (
-            f"{len(recent)} rollbacks within the last {RECENT_STEPS} steps have not helped"
-            if recent
-            else "guard.max_rollbacks=0 allows no rollback"
+        raise UserError(
+            f"steps {first_bad} to {state.step} were no good, and the rollbacks that guard.max_rollbacks="
+            f"{config.guard.max_rollbacks} allows within {RECENT_STEPS} steps are used up: {advice}"
         )
-        raise UserError(f"steps {first_bad} to {state.step} were no good, and {tried}: {advice}")
     path = from_rank_0(topology, lambda: find_latest(run_dir, before=first_bad))
     if path is None:
         raise UserError(

@@ -104,7 +104,7 @@ def _bind(load: Callable[[str], Tensor], name: str) -> Callable[[], Tensor]:
 
 
 class Digest(Protocol):
-    """A hash of hashlib."""
+    """A hash of hashlib or xxhash."""
 
     def update(self, content: bytes | memoryview, /) -> None: ...
 

@@ -148,4 +148,4 @@ def test_without_an_earlier_checkpoint_the_run_ends(runs: tuple[Path, dict[str, 
 def test_rollbacks_that_do_not_help_end_the_run(runs: tuple[Path, dict[str, Any]]) -> None:
     end, events = runs[1]["no help"]
     assert [event["passed_over"] for event in told(events, "rollback")] == [[3, 4]]
-    assert str(end).startswith("step 8: 1 rollbacks within the last 100 steps have not helped: look at events.jsonl")
+    assert str(end).startswith("steps 7 to 8 were no good, and the rollbacks that guard.max_rollbacks=1 allows")

@@ -131,7 +131,7 @@ LATE = {
     "an unknown kind of source": "data.sources.laion.kind is 'laoin': it must be one of pairs, laion, mmc4",
     "an unknown option of a source": "data.sources.laion.options.min_sim does not exist: the options of kind laion are",
     "corpora without a document": "the source 'laion' gave no document in",
-    "a gradient that is not finite": "steps 3 to 3 were no good, and guard.max_rollbacks=0 allows no rollback: look at",
+    "a gradient that is not finite": "steps 3 to 3 were no good, and the rollbacks that guard.max_rollbacks=0 allows",
 }
 
 THROWN_AWAY = "step 3 was thrown away: gradient is not a number\n"

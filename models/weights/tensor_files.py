@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from conf import UserError
+from models.weights.direct_file import DirectFile
 
 WRAPPERS = ("module", "state_dict", "model")
 """What a state dict may be wrapped in: DeepSpeed's, and those of common trainers."""
@@ -121,10 +121,16 @@ class TensorToWrite:
 
 @contextmanager
 def open_to_write(file: Path) -> Iterator[BinaryIO]:
-    """A file whose OSErrors name it, which those of a full disk do not, nor what torch.save makes of them."""
+    """A file whose OSErrors name it."""
+    with _errors_that_name(file), file.open("wb") as out:
+        yield out
+
+
+@contextmanager
+def _errors_that_name(file: Path) -> Iterator[None]:
+    """Those of a full disk do not, nor does what torch.save makes of them."""
     try:
-        with file.open("wb") as out:
-            yield out
+        yield
     except (OSError, RuntimeError) as error:
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError) or cause.filename is not None:
@@ -146,16 +152,15 @@ def write_safetensors(
         header[tensor.name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with open_to_write(file) as out:
+    with _errors_that_name(file), DirectFile(file) as out:
         _write(out, len(encoded).to_bytes(8, "little") + encoded, digest)
         for tensor in tensors:
             _write_pieces(out, tensor, digest)
             yield tensor.name
-        out.flush()
-        os.fsync(out.fileno())
+        out.finish()
 
 
-def _write_pieces(out: BinaryIO, tensor: TensorToWrite, digest: Digest | None) -> None:
+def _write_pieces(out: DirectFile, tensor: TensorToWrite, digest: Digest | None) -> None:
     expected = out.tell() + torch.Size(tensor.shape).numel() * tensor.dtype.itemsize
     for piece in tensor.pieces():
         assert piece.dtype == tensor.dtype
@@ -163,7 +168,7 @@ def _write_pieces(out: BinaryIO, tensor: TensorToWrite, digest: Digest | None) -
     assert out.tell() == expected, f"the pieces of {tensor.name} are not of its shape"
 
 
-def _write(out: BinaryIO, content: bytes | memoryview, digest: Digest | None) -> None:
+def _write(out: DirectFile, content: bytes | memoryview, digest: Digest | None) -> None:
     out.write(content)
     if digest is not None:
         digest.update(content)

@@ -21,8 +21,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from conf import UserError, run_cli
 from launch.deepspeed import PREEMPTED_CODE, START_AGAIN_CODE, TRAINING_MODULE
 
-MAX_RESTARTS = 100
-"""Of a job whose ranks died, over all its time in the queue."""
+MAX_RESTARTS = 3
+"""Of a job whose ranks died without a further checkpoint."""
 WARNING_S = 300
 TIME_LIMIT = re.compile(r"\d+|\d+:\d\d|\d+:\d\d:\d\d|\d+-\d+(:\d\d){0,2}")
 SLURM_NAME = re.compile(r"[A-Za-z0-9_.,@+-]+")

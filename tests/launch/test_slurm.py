@@ -77,6 +77,8 @@ def test_script_gives_ranks_their_place_and_quotes_overrides(tmp_path: Path) -> 
         (PREEMPTED_CODE, False, False),
         (PREEMPTED_CODE, True, True),
         (START_AGAIN_CODE, False, True),
+        (137, False, True),  # killed, and no rank could say so
+        (1, False, False),
     ],
 )
 def test_script_requeues_what_the_time_limit_stopped(
@@ -85,6 +87,24 @@ def test_script_requeues_what_the_time_limit_stopped(
     script = write_script(make_job(tmp_path / "run", python="task-python", module="trainer.other"), tmp_path)
     done = subprocess.run(["bash", str(script)], env=fake_cluster(tmp_path, rank_code, warned))
     assert done.returncode == rank_code
+    assert ("requeue 12" in (tmp_path / "scontrol.log").read_text()) is requeued
+
+
+@pytest.mark.parametrize(
+    ("restarts", "saves", "requeued"), [("2", False, True), ("3", False, False), ("9", True, True)]
+)
+def test_what_dies_again_and_again_is_requeued_while_it_saves(
+    tmp_path: Path, restarts: str, saves: bool, requeued: bool
+) -> None:
+    script = write_script(make_job(tmp_path / "run", python="task-python", module="trainer.other"), tmp_path)
+    latest = tmp_path / "run" / "checkpoints" / "latest"
+    latest.parent.mkdir()
+    latest.write_text("step-00000010")
+    cluster = fake_cluster(tmp_path, 137, warned=False) | {"SLURM_RESTART_COUNT": restarts}
+    if saves:
+        task = tmp_path / "task-python"
+        task.write_text(f"#!/bin/bash\nprintf step-00000020 > {latest}\nexit 137\n")
+    subprocess.run(["bash", str(script)], env=cluster)
     assert ("requeue 12" in (tmp_path / "scontrol.log").read_text()) is requeued
 
 

@@ -21,6 +21,8 @@ COLLAPSE = (
     "step %d: collapse alarm, the visual embeddings of different images are alike (spread %.4f): a falling regression "
     "loss means nothing now; lower the learning rates, or train with objective=from_scratch"
 )
+DIFFERS = ("attempt", "time", "seconds/", "memory/", "tokens_per_", "images_per_", "flops_per_", "mfu")
+"""How the names begin of what two runs that are equal bit for bit record differently."""
 CONSOLE_VALIDATION = ("loss/text", "loss/image", "retrieval_at_1", "retrieval_of")
 CONSOLE = ("loss/text", "loss/image", "explained_variance_first", "embedding_spread", "grad_norm")
 

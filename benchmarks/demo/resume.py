@@ -9,8 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-NOT_COMPARED = ("attempt", "seconds/")
-"""All that may differ: which attempt wrote a line, and how long things took."""
+from trainer.monitor import DIFFERS
 
 
 @dataclass(frozen=True)
@@ -67,8 +66,8 @@ def read_lines(metrics: Path) -> list[dict[str, Any]]:
 
 
 def compare_step(step: int, lines: list[dict[str, Any]]) -> RepeatedStep:
-    """Every value but times. Numbers are compared as written, with all their digits, so that NaN equals NaN."""
-    names = sorted({name for line in lines for name in line if not name.startswith(NOT_COMPARED)})
+    """Every value but times and what follows from them. Numbers are compared as written, so that NaN equals NaN."""
+    names = sorted({name for line in lines for name in line if not name.startswith(DIFFERS)})
     differences = [name for name in names if len({json.dumps(line.get(name, "absent")) for line in lines}) > 1]
     text_loss = lines[0]["loss/text"] if lines else None
     return RepeatedStep(step, text_loss, {line["attempt"]: line["digest"] for line in lines}, differences)

@@ -14,11 +14,10 @@ from typing import Any
 
 from tests.data_pipelines.corpora import write_pairs, write_texts
 from tests.distributed.harness import _free_port
-from trainer.monitor import read_metrics
+from trainer.monitor import DIFFERS, read_metrics
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 300
-DIFFERS = ("attempt", "time", "seconds/", "memory/", "tokens_per_", "images_per_", "flops_per_")
 
 SOURCES = [
     *(f"data.sources.{name}.weight=0" for name in ("laion_coco", "webvid", "storyboard")),

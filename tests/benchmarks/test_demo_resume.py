@@ -12,7 +12,13 @@ from benchmarks.demo.resume import RepeatedStep, ResumeCheck, check_resume
 
 
 def line(attempt: int, step: int, **changes: Any) -> dict[str, Any]:
-    values = {"loss/text": 1 / (step + 2), "grad_norm": float("nan"), "digest": 1000 + step, "seconds/step": attempt, "time": attempt}
+    values = {
+        "loss/text": 1 / (step + 2),
+        "grad_norm": float("nan"),
+        "digest": 1000 + step,
+        "seconds/step": attempt,
+        "time": attempt,
+    }
     return {"attempt": attempt, "step": step, **values, **changes}
 
 

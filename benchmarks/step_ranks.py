@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from launch.deepspeed import free_port
+from conf.ports import free_port
 
 PRELOADED = ["benchmarks.step_padded", "benchmarks.step_loop", "benchmarks.step_vision"]
 """Imported once, by a server that the processes are forked from: deepspeed takes long."""

@@ -17,7 +17,6 @@ import base64
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from conf import UserError, run_cli
+from conf.ports import free_port
 from launch.supervise import POLL_S, StopRequest, supervise
 from trainer import run_folder
 
@@ -96,12 +96,6 @@ def launcher_command(job: Job, visible_devices: str, port: int) -> list[str]:
         *(f"--world_info={encoded}", "--master_addr=127.0.0.1", f"--master_port={port}"),
         *("--no_local_rank", "--module", job.module, *_module_args(job)),
     ]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def launcher_env(num_procs: int) -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -15,6 +14,7 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from conf import UserError
+from conf.ports import free_port
 from models.attention_backend import attention_backend
 from models.emu import Emu, gradient_keeping_graph
 from models.language_model import Parallelism
@@ -57,7 +57,7 @@ def init_distributed(parallel: ParallelConfig) -> Topology:
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, value)
     if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(_free_port())
+        os.environ["MASTER_PORT"] = str(free_port())
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -75,12 +75,6 @@ def init_distributed(parallel: ParallelConfig) -> Topology:
         dp_group=parallel_state.get_data_parallel_group(),
         tp_group=parallel_state.get_tensor_model_parallel_group(),
     )
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def build_model(config: PretrainConfig, settings: dict[str, Any]) -> Emu:

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -17,6 +16,8 @@ from importlib import import_module
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+from conf.ports import free_port
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -41,7 +42,7 @@ def run_distributed(
         folder = Path(temporary)
         call = (function.__module__, function.__qualname__, args, init_group)
         (folder / "call.pickle").write_bytes(pickle.dumps(call))
-        port = _free_port()
+        port = free_port()
         processes = [_start(folder, rank, world_size, port) for rank in range(world_size)]
         try:
             _wait(processes, folder, timeout_s)
@@ -101,12 +102,6 @@ def _error_time(folder: Path, rank: int) -> float:
 def _last_words(folder: Path, rank: int) -> str:
     error, log = folder / f"{rank}.error", folder / f"{rank}.log"
     return error.read_text() if error.exists() else log.read_text(errors="replace")[-4000:]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _begin(folder: Path, rank: int, environment: dict[str, str]) -> None:

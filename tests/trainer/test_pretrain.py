@@ -14,7 +14,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from tests.distributed.harness import _free_port
+from conf.ports import free_port
 from tests.trainer.tiny_job import REPOSITORY, TIMEOUT_S, environment, history, overrides, run_command
 from tests.trainer.wandb_files import read_records
 from trainer.checkpoint_folder import find_damage
@@ -165,7 +165,7 @@ def test_a_finished_run_started_again_does_nothing(
 
 def test_the_bare_deepspeed_launcher(run_dir: Path, corpora: Path, tokenizer_path: Path, tmp_path: Path) -> None:
     """`deepspeed --num_gpus 2 trainer/pretrain.py`, which adds --local_rank: the samples of the run by one process."""
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus=2", f"--master_port={_free_port()}"]
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus=2", f"--master_port={free_port()}"]
     job = overrides(corpora, tokenizer_path, tmp_path / "run", "parallel.zero_stage=3")
     done = subprocess.run(
         [*launcher, "trainer/pretrain.py", *job],

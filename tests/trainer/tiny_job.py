@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from conf.ports import free_port
 from tests.data_pipelines.corpora import write_pairs, write_texts
-from tests.distributed.harness import _free_port
 from trainer.monitor import DIFFERS, read_metrics
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -89,7 +89,7 @@ def start_ranks(
     world_size: int, arguments: list[str], data: Path, job: Sequence[str] = ("-m", "trainer.pretrain")
 ) -> list[subprocess.Popen[str]]:
     """`python -m trainer.pretrain arguments` as a launcher starts it, each rank in a session of its own."""
-    group = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    group = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, *job, *arguments]
     return [
         subprocess.Popen(

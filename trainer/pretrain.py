@@ -14,7 +14,6 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import hydra
 import torch.distributed as dist
@@ -22,6 +21,8 @@ from omegaconf import DictConfig
 
 from conf import UserError, run_cli
 from conf.composing import CONF_DIR
+from data_pipelines.document import Cursor
+from data_pipelines.index import Index
 from data_pipelines.loader import Loader, fingerprint, open_indexes
 from data_pipelines.tokenizer import Tokenizer
 from trainer import run_folder
@@ -87,75 +88,87 @@ def run_steps(
     config: PretrainConfig, tokenizer: Tokenizer, topology: Topology, monitor: Monitor | None, stop: StopRequest
 ) -> tuple[int, str]:
     """Set up, resume, and step until something says stop: (exit code, reason)."""
-    num_queries = config.model.causal_transformer.num_queries
+    run_dir = Path(config.run_dir)
     checkpoint, begun = find_checkpoint(config, topology)
     from_rank_0(topology, lambda: bool(open_indexes(config.data, build_missing=True, begun=begun)))
     indexes = open_indexes(config.data, build_missing=False, begun=begun)
-    order = fingerprint(config.data, indexes, tokenizer, num_queries)
+    order = fingerprint(config.data, indexes, tokenizer, config.model.causal_transformer.num_queries)
     engine = build_engine(config, topology)
     sources = list(indexes)
     state = resume(checkpoint, config, engine, order, sources, topology) if checkpoint else TrainState()
     if not checkpoint and config.init.weights:
         load_imported(Path(config.init.weights), engine, topology)
     if monitor is not None:
-        run_folder.keep_tokenizer(Path(config.run_dir), tokenizer)
+        run_folder.keep_tokenizer(run_dir, tokenizer)
         monitor.start(state.step, config.total_steps, topology.world_size, engine.device.type)
         if state.changes:
             monitor.order_changed(state.step, state.changes)
-    loader = Loader(
-        config.data,
-        indexes,
-        tokenizer,
-        num_queries=num_queries,
-        image_size=config.model.vision.image_size,
-        dp_rank=topology.dp_rank,
-        dp_size=topology.dp_size,
-        tp_rank=topology.tp_rank,
-        tp_size=topology.tp_size,
-        cursors=state.cursors,
-        unreachable_log=Path(config.run_dir, "unreachable.jsonl") if topology.tp_rank == 0 else None,
-    )
-    held_out = HeldOut(config, indexes, tokenizer, topology)
-    first_step = state.step
-    last_step = min(config.total_steps, config.stop_after_step or config.total_steps)
-    run_dir, writer = Path(config.run_dir), CheckpointWriter(Path(config.run_dir), topology)
+    stream = iter(make_loader(config, indexes, tokenizer, topology, state.cursors))
+    epoch_sizes = {name: index.num_samples for name, index in indexes.items()}
+    job = Job(config, engine, stream, state, topology, monitor, epoch_sizes)
+    writer = CheckpointWriter(run_dir, topology)
 
     def begin() -> None:
         begin_save(writer, config, engine, state, order, sources, topology)
 
-    def tell(kind: str, step: int, **facts: Any) -> None:
-        if monitor is not None:
-            monitor.event(kind, step, **facts)
-
-    epoch_sizes = {name: index.num_samples for name, index in indexes.items()}
-    job = Job(config, engine, iter(loader), state, topology, monitor, epoch_sizes)
-    saver = Saver(run_dir, config.checkpoint, topology, writer, begin, tell, first_step)
-    profiler = Profiler(run_dir, topology.rank, config.monitor.profile_step)
-    is_asked = False
-    with Watchdog(run_dir, topology, job.instruments.phases, 60 * config.guard.hang_minutes) as watchdog:
-        while state.step < last_step and not is_asked:
-            with profiler.around(state.step + 1):
-                is_asked, is_writing = one_step(job, lambda: (stop.is_asked(), writer.is_writing))
-            watchdog.beat()
-            with job.instruments.phases("checkpoint"):
-                saver.poll(is_writing)
-                if state.bad_steps >= config.guard.patience:
-                    saver.conclude()
-                    back = roll_back(config, engine, state, topology)
-                    tell("rollback", state.step, to_step=back, passed_over=[back + 1, state.step])
-                saver.after_step(state.step)
-            watchdog.beat()
-            if due(state.step, config.validation.every_steps):
-                with job.instruments.phases("validation"):
-                    run_validation(engine, held_out, monitor, state.step)
-                watchdog.beat()
+    first_step = state.step
+    last_step = min(config.total_steps, config.stop_after_step or config.total_steps)
+    saver = Saver(run_dir, config.checkpoint, topology, writer, begin, job.tell, first_step)
+    step_until(last_step, stop, job, saver, HeldOut(config, indexes, tokenizer, topology))
     saver.last(state.step)
     if state.step < last_step:
         code, reason = STOPPED_BY_SIGNAL, f"stopped {stop.reason} after step {state.step}"
     else:
         code, reason = 0, f"trained from step {first_step} to {state.step} of {config.total_steps}"
-    tell("stop", state.step, reason=reason)
+    job.tell("stop", state.step, reason=reason)
     return code, reason
+
+
+def make_loader(
+    config: PretrainConfig,
+    indexes: dict[str, Index],
+    tokenizer: Tokenizer,
+    topology: Topology,
+    cursors: dict[int, Cursor],
+) -> Loader:
+    """Micro-batches of this rank from where its lanes go on."""
+    return Loader(
+        config.data,
+        indexes,
+        tokenizer,
+        num_queries=config.model.causal_transformer.num_queries,
+        image_size=config.model.vision.image_size,
+        dp_rank=topology.dp_rank,
+        dp_size=topology.dp_size,
+        tp_rank=topology.tp_rank,
+        tp_size=topology.tp_size,
+        cursors=cursors,
+        unreachable_log=Path(config.run_dir, "unreachable.jsonl") if topology.tp_rank == 0 else None,
+    )
+
+
+def step_until(last_step: int, stop: StopRequest, job: Job, saver: Saver, held_out: HeldOut) -> None:
+    """Train, save and validate until last_step, or until any rank is asked to stop; go back where steps are no good."""
+    config, state, topology, phases = job.config, job.state, job.topology, job.instruments.phases
+    run_dir, is_asked = Path(config.run_dir), False
+    profiler = Profiler(run_dir, topology.rank, config.monitor.profile_step)
+    with Watchdog(run_dir, topology, phases, 60 * config.guard.hang_minutes) as watchdog:
+        while state.step < last_step and not is_asked:
+            with profiler.around(state.step + 1):
+                is_asked, is_writing = one_step(job, lambda: (stop.is_asked(), saver.is_writing))
+            watchdog.beat()
+            with phases("checkpoint"):
+                saver.poll(is_writing)
+                if state.bad_steps >= config.guard.patience:
+                    saver.conclude()
+                    back = roll_back(config, job.engine, state, topology)
+                    job.tell("rollback", state.step, to_step=back, passed_over=[back + 1, state.step])
+                saver.after_step(state.step)
+            watchdog.beat()
+            if due(state.step, config.validation.every_steps):
+                with phases("validation"):
+                    run_validation(job.engine, held_out, job.monitor, state.step)
+                watchdog.beat()
 
 
 @hydra.main(config_path=CONF_DIR, config_name="pretrain", version_base="1.3")

@@ -43,6 +43,11 @@ class Saver:
         self._saved_step = self._begun_step = step
         self._retry_at = 0
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank's files of a checkpoint are not yet written."""
+        return self._writer.is_writing
+
     def after_step(self, step: int) -> None:
         """Begin a checkpoint if one is due. Waits for the one before if that is still being written."""
         intervals = (self._config.every_steps, self._config.permanent_every_steps)

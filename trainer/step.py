@@ -49,6 +49,11 @@ class Job:
         self.norms = PartNorms(self.engine)
         self.instruments = Instruments(norms=self.norms)
 
+    def tell(self, kind: str, step: int, **facts: Any) -> None:
+        """An event of the run, which rank 0 records."""
+        if self.monitor is not None:
+            self.monitor.event(kind, step, **facts)
+
     @property
     def sources(self) -> list[str]:
         return list(self.epoch_sizes)

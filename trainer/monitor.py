@@ -33,10 +33,11 @@ class Monitor:
 
     def __init__(self, run_dir: Path, config: MonitorConfig, resolved_config: dict[str, Any], attempt: int) -> None:
         self.config = config
-        self.attempt, self.run_dir = attempt, run_dir
+        self.attempt = attempt
         self.collapsed = False
         self.metrics = LineFile(run_dir / "metrics.jsonl")
         self.events = LineFile(run_dir / "events.jsonl")
+        self.validations = LineFile(run_dir / "validation.jsonl")
         self.wandb = start_wandb(run_dir, config, resolved_config)
         self.started = (time.monotonic(), 0)
 
@@ -79,9 +80,7 @@ class Monitor:
 
     def validation(self, step: int, values: dict[str, Any], samples: Path | None = None) -> None:
         """A line of validation.jsonl. samples: folder that `write_samples` made, for wandb."""
-        lines = LineFile(self.run_dir / "validation.jsonl")
-        lines.write({"attempt": self.attempt, "step": step, **values})
-        lines.close()
+        self.validations.write({"attempt": self.attempt, "step": step, **values})
         shown = "  ".join(f"{name} {values[name]:.4g}" for name in CONSOLE_VALIDATION if name in values)
         print(f"validation at step {step}: {shown}", flush=True)
         self.send({f"validation/{name}": value for name, value in values.items()}, step)
@@ -111,6 +110,7 @@ class Monitor:
     def close(self) -> None:
         self.metrics.close()
         self.events.close()
+        self.validations.close()
         if self.wandb is not None:
             with contextlib.suppress(Exception):
                 self.wandb.finish()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import sys
@@ -50,6 +51,31 @@ def test_a_new_attempt_writes_behind_a_cut_line(tmp_path: Path) -> None:
     record(monitor, 2)
     monitor.close()
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
+
+
+def test_a_full_disk_costs_lines_and_not_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monitor = Monitor(tmp_path, OFF, {}, 1)
+    record(monitor, 1)
+
+    def refuse(*_: Any, **__: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr("os.write", refuse)
+        full.setattr("os.open", refuse)
+        for step in (2, 3):
+            record(monitor, step)
+            monitor.event("stop", step)
+            monitor.validation(step, {"loss/text": 2.0})
+    record(monitor, 4)
+    monitor.close()
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 4]
+    assert caplog.messages == [
+        f"{tmp_path / name}: lines are lost (No space left on device)"
+        for name in ("metrics.jsonl", "events.jsonl", "validation.jsonl")
+    ]
 
 
 def test_the_time_left_is_of_this_attempts_pace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

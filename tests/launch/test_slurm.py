@@ -51,11 +51,14 @@ def fake_cluster(folder: Path, rank_code: int, warned: bool) -> dict[str, str]:
         f"exit {rank_code}",
     }
     for name, body in commands.items():
-        path = folder / name
-        path.write_text(f"#!/bin/bash\n{body}\n")
-        path.chmod(0o755)
+        write_command(folder / name, body)
     slurm = {"SLURM_JOB_ID": "12", "SLURM_NTASKS": "4", "SLURM_CPUS_PER_TASK": "2", "SLURM_JOB_NODELIST": "node[1-2]"}
     return {"PATH": f"{folder}:{os.environ['PATH']}", **slurm}
+
+
+def write_command(path: Path, body: str) -> None:
+    path.write_text(f"#!/bin/bash\n{body}\n")
+    path.chmod(0o755)
 
 
 def test_script_gives_ranks_their_place_and_quotes_overrides(tmp_path: Path) -> None:
@@ -102,10 +105,33 @@ def test_what_dies_again_and_again_is_requeued_while_it_saves(
     latest.write_text("step-00000010")
     cluster = fake_cluster(tmp_path, 137, warned=False) | {"SLURM_RESTART_COUNT": restarts}
     if saves:
-        task = tmp_path / "task-python"
-        task.write_text(f"#!/bin/bash\nprintf step-00000020 > {latest}\nexit 137\n")
+        write_command(tmp_path / "task-python", f"printf step-00000020 > {latest}\nexit 137")
     subprocess.run(["bash", str(script)], env=cluster)
     assert ("requeue 12" in (tmp_path / "scontrol.log").read_text()) is requeued
+
+
+@pytest.mark.parametrize(("rank_0_wrote", "code", "requeued"), [(True, 2, False), (False, 137, True)])
+def test_the_code_of_this_attempts_rank_0_counts(tmp_path: Path, rank_0_wrote: bool, code: int, requeued: bool) -> None:
+    """Not how the last rank ended that Slurm had to kill, and not the code of an attempt before."""
+    script = write_script(make_job(tmp_path / "run", python="task-python", module="trainer.other"), tmp_path)
+    cluster = fake_cluster(tmp_path, 137, warned=False)
+    exit_json = tmp_path / "run" / "exit.json"
+    exit_json.write_text('{"code": 3, "reason": "of before"}')
+    if rank_0_wrote:
+        write_command(tmp_path / "task-python", f"""echo '{{"code": 2}}' > {exit_json}; exit 137""")
+    assert subprocess.run(["bash", str(script)], env=cluster).returncode == code
+    assert ("requeue 12" in (tmp_path / "scontrol.log").read_text()) is requeued
+
+
+def test_a_cancelled_job_waits_for_its_ranks(tmp_path: Path) -> None:
+    """scancel's signal comes to the script as well, which must tell the code that the ranks end with."""
+    script = write_script(make_job(tmp_path / "run", python="task-python", module="trainer.other"), tmp_path)
+    cluster = fake_cluster(tmp_path, 0, warned=False)
+    write_command(tmp_path / "srun", f"kill -TERM $PPID; sleep 0.3; exit {PREEMPTED_CODE}")
+    done = subprocess.run(["bash", str(script)], env=cluster, stdout=subprocess.PIPE, text=True)
+    assert done.returncode == PREEMPTED_CODE
+    assert f"job 12 ended with code {PREEMPTED_CODE}" in done.stdout
+    assert "requeue 12" not in (tmp_path / "scontrol.log").read_text()
 
 
 def test_codes_are_the_trainers() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import random
 from pathlib import Path
@@ -46,9 +47,27 @@ def refuse_without_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(direct_file.os, "open", refuse)
 
 
+def test_past_the_cache_go_whole_blocks_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not every file system refuses the rest."""
+    written = os.write
+    lengths: list[int] = []
+
+    def note(descriptor: int, content: memoryview) -> int:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            lengths.append(len(content))
+        return written(descriptor, content)
+
+    monkeypatch.setattr(direct_file.os, "write", note)
+    write(tmp_path / "file", bytes(BUFFER + BLOCK + 77))
+    if not lengths:
+        pytest.skip(f"{tmp_path} is on a file system without direct writes")
+    assert lengths == [BUFFER, BLOCK]
+
+
 def test_a_disk_that_wants_larger_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes no write without the cache."""
-    written, refused = os.write, []
+    written = os.write
+    refused: list[int] = []
 
     def refuse(descriptor: int, content: memoryview) -> int:
         if not refused:

@@ -9,7 +9,7 @@ TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 TWO_AT_A_TIME := -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-matrix test-export bench-order bench-resume bench-data bench-memory bench-gpu bench-step bench-checkpoint chaos lint
+.PHONY: help install demo test test-fast test-gpu test-matrix test-export bench-order bench-resume bench-data bench-memory bench-gpu bench-step bench-checkpoint chaos lint
 
 help: ## explain the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ test: install ## the whole test suite
 
 test-fast: install ## the tests that take seconds
 	$(TESTS) -m "not slow and not gpu and not matrix" $(TWO_AT_A_TIME)
+
+test-gpu: install ## the tests that need a CUDA device, which all others do not look at
+	$(TESTS) -m gpu
 
 test-matrix: install ## training in every parallel layout, and every move of a checkpoint between layouts
 	$(TESTS) tests/distributed -m matrix

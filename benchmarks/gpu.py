@@ -26,6 +26,7 @@ from conf import UserError, run_cli
 from data_pipelines.document import Batch
 from data_pipelines.loader import Loader, open_indexes
 from data_pipelines.tokenizer import Tokenizer
+from models.attention_backend import attention_backend
 from models.emu import Emu
 from trainer.config import PretrainConfig, compose_config, fill_vocabulary
 from trainer.engine import build_engine, init_distributed, set_process_options
@@ -47,7 +48,8 @@ def job(out: Path, overrides: Sequence[str]) -> PretrainConfig:
             f"data.index_dir={out / 'index'}",
             "data.lanes=8",
             "data.global_batch_rows=8",
-            "data.micro_batch_rows=2",
+            "data.micro_batch_rows=1",
+            "parallel.activation_checkpointing=full",
             "parallel=zero1",
             "parallel.precision=bf16",
             "optim.schedule=constant",
@@ -162,7 +164,12 @@ def measure_loss(config: PretrainConfig) -> None:
             outputs = model(**model_inputs(batch, device), text_scale=1.0, image_scale=1.0)
         losses.append(float(outputs["text_loss"].sum() / outputs["text_targets"].sum()))
         del model, outputs
-    print(f"text loss: fp32 {losses[0]:.5f}, bf16 {losses[1]:.5f}, difference {abs(losses[1] - losses[0]):.5f}")
+    language = config.model.language_model
+    kernel = attention_backend("auto", device, torch.bfloat16, language.width_of_head)
+    print(
+        f"text loss: fp32 with sdpa {losses[0]:.5f}, bf16 with {kernel} {losses[1]:.5f}, "
+        f"difference {abs(losses[1] - losses[0]):.5f}"
+    )
 
 
 def main() -> None:

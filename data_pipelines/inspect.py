@@ -11,13 +11,13 @@ from typing import Any
 from rich.console import Console
 
 from conf import run_cli
+from data_pipelines.config import training_sources
 from data_pipelines.inspecting.bench import advice, measure
 from data_pipelines.inspecting.display import show_info, show_lint, show_speed
 from data_pipelines.inspecting.info import mixture_info, source_info
 from data_pipelines.inspecting.lint import lint_source
 from data_pipelines.inspecting.preview import make_preview
 from data_pipelines.inspecting.settings import Settings, load_settings, open_all
-from data_pipelines.loader import training_sources
 
 EPILOG = """\
 Overrides are those of a training job: data=demo model=emu_tiny, +experiment=demo, data.num_workers=8,

@@ -11,7 +11,6 @@ import atexit
 import dataclasses
 import functools
 import gc
-import hashlib
 import itertools
 import json
 import multiprocessing
@@ -28,7 +27,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from conf import UserError
 from data_pipelines.arena import Arena
 from data_pipelines.chunk_fetcher import ChunkFetcher
-from data_pipelines.config import DataConfig, SourceConfig
+from data_pipelines.config import DataConfig, index_path, training_sources
 from data_pipelines.document import Batch, Cursor, Document, PackedRow, SampleKey
 from data_pipelines.index import Index, open_index
 from data_pipelines.index_builder import build_index
@@ -59,19 +58,6 @@ class WorkerItem(NamedTuple):
 
     rows: list[tuple[int, PackedRow]]
     arena_slot: int | None
-
-
-def training_sources(config: DataConfig) -> dict[str, SourceConfig]:
-    """The sources of the mixture; their order gives the source numbers of a batch."""
-    return {name: source for name, source in config.sources.items() if source.weight > 0}
-
-
-def index_path(config: DataConfig, source: str) -> Path:
-    settings = config.sources[source]
-    made_from = json.dumps([settings.shards, config.chunk_samples, config.chunk_mb])
-    return Path(
-        settings.index or Path(config.index_dir, f"{source}-{hashlib.sha256(made_from.encode()).hexdigest()[:12]}")
-    )
 
 
 def run_sources(config: DataConfig, begun: Sequence[str]) -> list[str]:

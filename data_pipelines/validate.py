@@ -46,9 +46,10 @@ def validate_batching(config: DataConfig, dp_size: int, num_queries: int) -> Non
 
 def _validate_sizes(config: DataConfig, dp_size: int, num_queries: int) -> None:
     if config.lanes % dp_size:
+        fewer = _largest_divisor(config.lanes, dp_size)
         raise UserError(
             f"data.lanes={config.lanes} cannot be shared by {dp_size} data-parallel ranks: "
-            f"make it a multiple of {dp_size}"
+            f"make it a multiple of {dp_size}, or, in a run that has begun, take {fewer}"
         )
     if config.global_batch_rows % config.lanes:
         raise UserError(
@@ -67,6 +68,10 @@ def _validate_sizes(config: DataConfig, dp_size: int, num_queries: int) -> None:
             f"data.seq_len={config.seq_len} is too small for one image of {num_queries} embeddings and a word: "
             f"make it at least {shortest}"
         )
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    return next(divisor for divisor in range(limit, 0, -1) if number % divisor == 0)
 
 
 def _validate_source(name: str, source: SourceConfig) -> None:

@@ -23,6 +23,8 @@ from models.config import ModelConfig
 from trainer.config import MAX_BUCKET
 
 FP32 = 4
+CHECKPOINT_BYTES_PER_PARAMETER = 12
+"""fp32 weight and Adam's two moments: in the files, and in the host's copy from which they are written."""
 NUMBER_BYTES = {"bf16": 2, "fp32": 4}
 MAX_GATHERED = 1_000_000_000
 """Weights that ZeRO-3 keeps gathered at a time (stage3_max_live_parameters), and updates at a time (sub_group_size)."""
@@ -84,7 +86,8 @@ def networks(model: ModelConfig, batch: MicroBatch, layout: Layout) -> Networks:
     """Text head and regression head, language model, Causal Transformer, vision encoder. The encoders are whole on
     every tensor-parallel rank and each takes its share of the images, one (blank) at least."""
     is_cuda = layout.device == "cuda"
-    varlen = is_cuda and layout.precision == "bf16" and layout.attention != "sdpa"
+    takes_heads = model.language_model.width_of_head % 8 == 0  # as models/attention_backend.py says
+    varlen = is_cuda and layout.precision == "bf16" and layout.attention != "sdpa" and takes_heads
     how = Numerics(NUMBER_BYTES[layout.precision], layout.activation_checkpointing, is_cuda, varlen)
     language, tp = model.language_model, layout.tensor
     counts = count_parameters(model)

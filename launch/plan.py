@@ -16,7 +16,7 @@ from rich.table import Table
 
 from conf import UserError, run_cli
 from launch.activations import MicroBatch
-from launch.memory import Layout, Memory, peak
+from launch.memory import CHECKPOINT_BYTES_PER_PARAMETER, Layout, Memory, peak
 from launch.parameters import count_parameters
 from trainer.config import (
     PretrainConfig,
@@ -118,6 +118,8 @@ def main() -> None:
     title += f"{batch.rows} x {batch.seq_len} positions, {batch.images} images, {layout.precision}, "
     title += f"tensor={layout.tensor}, activation_checkpointing={layout.activation_checkpointing}"
     console.print(memory_table(peaks, args.gpu_memory_gb, title))
+    host = CHECKPOINT_BYTES_PER_PARAMETER * sum(count_parameters(config.model).values()) / GB
+    console.print(f"On the hosts, over all nodes: {host:.3g} GB for the copy from which checkpoints are written.")
     console.print("Not counted: CUDA context, NCCL, fragmentation. Leave a tenth free for them.")
     console.print(verdict(peaks, args.gpu_memory_gb))
 

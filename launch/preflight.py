@@ -26,15 +26,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from conf import UserError, run_cli
+from data_pipelines.config import DataConfig, index_path, training_sources
 from data_pipelines.shards import expand_shards, is_local, stat_shard
+from launch.memory import CHECKPOINT_BYTES_PER_PARAMETER
 from launch.parameters import count_parameters
 from trainer import run_folder
-from trainer.config import PretrainConfig, compose_config, data_parallel_size, fill_vocabulary, validate
+from trainer.config import PretrainConfig, compose_config, data_parallel_size, doubtful, fill_vocabulary, validate
 
 GB = 1e9
 DISTRIBUTION = "emu-pretraining"
-CHECKPOINT_BYTES_PER_PARAMETER = 12  # fp32 weight and Adam's two moments
 SHARED_MEMORY_GB = 1.0
+MEMORY_FACTS = Path("/proc/meminfo")
 DEFAULT_MASTER_PORT = 29500
 STYLES = {"ok": "green", "warn": "yellow", "fail": "red"}
 
@@ -80,15 +82,17 @@ def version_problem(requirement: Requirement) -> str:
     return f"{requirement.name} {version} is not {requirement.specifier}"
 
 
-def check_gpus(num_procs: int) -> Check:
+def check_gpus(needed: int) -> Check:
+    """needed: on this node."""
     if shutil.which("nvidia-smi") is None:
         return Check("GPUs", "warn", "no nvidia-smi: the job would run on the CPU", "run this on a GPU node")
     listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
     gpus = [line for line in listing.stdout.splitlines() if line.startswith("GPU ")]
     if listing.returncode or not gpus:
         return Check("GPUs", "fail", "nvidia-smi finds no GPU", "look at what nvidia-smi says")
-    if len(gpus) < num_procs:
-        return Check("GPUs", "fail", f"{len(gpus)} for {num_procs} processes", f"--num-procs {len(gpus)}")
+    if len(gpus) < needed:
+        mend = "lower --num-procs, or say with --nodes over how many machines they are spread"
+        return Check("GPUs", "fail", f"{len(gpus)} for {needed} processes", mend)
     return Check("GPUs", "ok", f"{len(gpus)}: {gpus[0].split('(')[0].strip()}")
 
 
@@ -137,9 +141,30 @@ def check_disk(config: PretrainConfig) -> Check:
     return Check("disk", "ok", f"{free:.0f} GB free, checkpoints take {needed:.2g} GB")
 
 
+def check_host_memory(config: PretrainConfig, nodes: int) -> Check:
+    """Of this node, for the copy of weights and moments that checkpoints are written from."""
+    needed = CHECKPOINT_BYTES_PER_PARAMETER * sum(count_parameters(config.model).values()) / nodes / GB
+    facts = dict(line.split(":") for line in MEMORY_FACTS.read_text().splitlines())
+    available = int(facts["MemAvailable"].split()[0]) * 1024 / GB
+    if available < needed:
+        mend = "use more nodes: checkpoints are written from a copy of weights and moments in host memory"
+        return Check("host memory", "fail", f"{available:.0f} GB, a checkpoint's copy takes {needed:.0f} GB", mend)
+    return Check("host memory", "ok", f"{available:.0f} GB, a checkpoint's copy takes {needed:.2g} GB")
+
+
 def check_tokenizer(config: PretrainConfig) -> Check:
     tokenizer = fill_vocabulary(config)
     return Check("tokenizer", "ok", f"{config.data.tokenizer}: {tokenizer.text_vocab_size} pieces")
+
+
+def check_index(name: str, data: DataConfig) -> Check:
+    """A job without it makes it first, on one process, while all others wait."""
+    path = index_path(data, name)
+    if path.exists():
+        return Check(f"index {name}", "ok", str(path))
+    command = ["python", "-m", "data_pipelines.prepare.index", name, data.sources[name].shards, "--out", str(path)]
+    command += ["--chunk-samples", str(data.chunk_samples), "--chunk-mb", f"{data.chunk_mb:g}"]
+    return Check(f"index {name}", "warn", f"{path} is not there: all GPUs would wait for it", shlex.join(command))
 
 
 def check_source(name: str, pattern: str) -> Check:
@@ -159,9 +184,9 @@ def guarded(name: str, check: Callable[[], Check]) -> Check:
         return Check(name, "fail", detail or mend, mend if detail else "")
 
 
-def run_checks(run_dir: Path, num_procs: int, overrides: list[str]) -> list[Check]:
+def run_checks(run_dir: Path, num_procs: int, overrides: list[str], nodes: int = 1) -> list[Check]:
     """All checks; those that need the configuration only when it can be composed."""
-    checks = [check_python(), check_packages(), check_gpus(num_procs), check_shared_memory(), check_port()]
+    checks = [check_python(), check_packages(), check_gpus(num_procs // nodes), check_shared_memory(), check_port()]
     try:
         config = compose_config([f"run_dir={run_dir}", *overrides])
     except UserError as error:
@@ -171,12 +196,15 @@ def run_checks(run_dir: Path, num_procs: int, overrides: list[str]) -> list[Chec
         guarded("tokenizer", partial(check_tokenizer, config)),
         guarded("configuration", partial(check_validity, config, num_procs)),
         guarded("disk", partial(check_disk, config)),
+        check_host_memory(config, nodes),
+        *(Check("settings", "warn", *sentence.rsplit(": ", maxsplit=1)) for sentence in doubtful(config)),
     ]
-    sources = config.data.sources.items()
-    return [
-        *checks,
-        *(guarded(f"source {name}", partial(check_source, name, source.shards)) for name, source in sources),
-    ]
+    for name, source in training_sources(config.data).items():
+        checks += [
+            guarded(f"source {name}", partial(check_source, name, source.shards)),
+            check_index(name, config.data),
+        ]
+    return checks
 
 
 def check_validity(config: PretrainConfig, num_procs: int) -> Check:
@@ -197,17 +225,26 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m launch.preflight", description=__doc__.splitlines()[0])
     parser.add_argument("--run-dir", type=Path, required=True, help="run folder of the job")
     parser.add_argument("--num-procs", type=int, default=1, help="processes, over all nodes (%(default)s)")
+    parser.add_argument("--nodes", type=int, default=1, help="machines they are spread over (%(default)s)")
     parser.add_argument("overrides", nargs="*", help="hydra overrides, after --")
     args = parser.parse_args()
-    checks = run_checks(args.run_dir, args.num_procs, args.overrides)
+    if args.nodes < 1 or args.num_procs < 1 or args.num_procs % args.nodes:
+        raise UserError(
+            f"--num-procs {args.num_procs} cannot be spread over --nodes {args.nodes}: give a multiple of it"
+        )
+    checks = run_checks(args.run_dir, args.num_procs, args.overrides, args.nodes)
     console = Console()
     console.print(report(checks))
     failed = [check.name for check in checks if check.status == "fail"]
     if failed:
         console.print(f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}")
         return 2
-    flags = ["--num-procs", str(args.num_procs), "--run-dir", str(args.run_dir), "--", *args.overrides]
-    console.print(f"Ready; next: python -m launch.deepspeed {shlex.join(flags)}", soft_wrap=True, markup=False)
+    module, flags = "launch.deepspeed", ["--num-procs", str(args.num_procs)]
+    if args.nodes > 1:
+        module, of_a_node = "launch.slurm", str(args.num_procs // args.nodes)
+        flags = ["--nodes", str(args.nodes), "--gpus-per-node", of_a_node, "--time", "48:00:00"]
+    flags += ["--run-dir", str(args.run_dir), "--", *args.overrides]
+    console.print(f"Ready; next: python -m {module} {shlex.join(flags)}", soft_wrap=True, markup=False)
     return 0
 
 

@@ -147,9 +147,15 @@ def spread_across_images(embedding_sum: Tensor, embedding_square: Tensor, num_im
     return (mean_square - square_of_mean).clamp(min=0), mean_square
 
 
-def effective_rank(embeddings: Tensor) -> float:
-    """exp of the entropy of the covariance spectrum of [M, W] embeddings (Roy and Vetterli 2007); 1 = one direction."""
-    centred = embeddings.float() - embeddings.float().mean(dim=0)
+def effective_rank(embeddings: Tensor) -> float | None:
+    """exp of the entropy of the covariance spectrum of [M, W] embeddings (Roy and Vetterli 2007); 1 = one direction.
+
+    Of those whose numbers are finite; None where these are fewer than 2.
+    """
+    finite = embeddings[embeddings.isfinite().all(dim=1)].float()
+    if len(finite) < 2:
+        return None
+    centred = finite - finite.mean(dim=0)
     spectrum = torch.linalg.svdvals(centred).square()
     share = spectrum / spectrum.sum().clamp(min=1e-30)
     return float(torch.exp(-(share * share.clamp(min=1e-30).log()).sum()))

@@ -13,6 +13,12 @@ import pytest
 REAL_DATA = Path(os.environ.get("EMU_REAL_DATA", Path(__file__).resolve().parents[2] / "shared" / "data" / "real"))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests compare what CPUs compute, bit for bit; those that need a GPU run alone: `make test-gpu`."""
+    if config.getoption("markexpr") != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """Folder of real shards written by other people's tools; not part of a clone (EMU_REAL_DATA names another copy)."""

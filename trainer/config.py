@@ -16,12 +16,15 @@ from omegaconf import MISSING, OmegaConf
 from conf import UserError
 from conf.composing import compose_object
 from data_pipelines.config import DataConfig
+from data_pipelines.stores import is_local
 from data_pipelines.tokenizer import Tokenizer
 from data_pipelines.validate import validate_batching
 from models.config import ModelConfig, ObjectiveConfig
+from models.weights.description import read_description
 
 MAX_BUCKET = 500_000_000
 """Gradients that ZeRO reduces at a time, at most."""
+RETRIES_IN_A_STEP = 3
 LEAST = {
     "total_steps": 1,
     "stop_after_step": 0,
@@ -86,7 +89,7 @@ class ParallelConfig:
 
     persistence_threshold: ZeRO-3 keeps smaller parameters whole on every rank. timeout_minutes: a collective that takes
     longer ends the run. threads: CPU threads of a rank, 0 = leave as it is. deterministic: refuse operations whose
-    result depends on thread timing.
+    result depends on thread timing; on CUDA, where not all have another form, warn of them.
     """
 
     zero_stage: int = 2
@@ -107,7 +110,8 @@ class CheckpointConfig:
     """every_steps, permanent_every_steps: 0 = never (a run that ends always leaves one). keep: rolling ones kept.
     background: training goes on while the files are written; false = the step waits.
 
-    resume: auto = from the newest whole checkpoint of the run folder | never = start anew, the folder must be empty.
+    resume: auto = from the newest whole checkpoint of the run folder | never = start anew; a folder with checkpoints is
+    refused.
     allow_changes: resume although the data order's fingerprint differs.
     """
 
@@ -128,7 +132,8 @@ class GuardConfig:
     patience: after so many in a row the run takes the weights of the last checkpoint before them and passes over the
     data since. max_rollbacks: of those within 100 steps, before the run gives up.
     hang_minutes: a step, or what comes between two, that takes longer ends the run with every rank's stack written
-    down, 0 = never; what comes before the first step and after the last has parallel.timeout_minutes.
+    down, 0 = never; a rollback, and what comes before the first step and after the last, have
+    parallel.timeout_minutes.
     """
 
     spike_deviations: float = 8.0
@@ -265,8 +270,56 @@ def validate(config: PretrainConfig, dp_size: int) -> None:
             f"init.weights={config.init.weights} is no folder of imported weights: make it with python -m "
             "models.weights.import_"
         )
+    if config.init.weights:
+        validate_imported(config)
+    validate_stores(config)
     validate_batching(config.data, dp_size, config.model.causal_transformer.num_queries)
     validate_validation(config)
+
+
+def doubtful(config: PretrainConfig) -> list[str]:
+    """What can be run and is hardly meant, one sentence each."""
+    sentences = []
+    if config.objective.regression_gradient == "full" and not (config.init.weights or config.init.vision_encoder):
+        sentences.append(
+            "all weights start at random, and with objective.regression_gradient=full the visual embeddings then "
+            "collapse: give init.weights, or take objective=from_scratch"
+        )
+    validates = 0 < config.validation.every_steps <= config.total_steps
+    if validates and not any(source.holdout for source in config.data.sources.values()):
+        sentences.append(
+            f"validation.every_steps={config.validation.every_steps} does nothing, for no source keeps documents for "
+            "it: set data.sources.NAME.holdout (which a run that has begun cannot), or validation.every_steps=0"
+        )
+    return sentences
+
+
+def validate_imported(config: PretrainConfig) -> None:
+    """Settings that the imported weights were made for: most of them, as RoPE's or a norm's, no shape would tell."""
+    needed = []
+    for section, values in read_description(Path(config.init.weights)).get("model", {}).items():
+        for name, value in values.items():
+            own = getattr(getattr(config.model, section, None), name, None)
+            if name == "head_width" and not own:
+                own = config.model.language_model.width_of_head
+            if own is not None and name not in ("max_positions", "text_vocab_size") and own != value:
+                needed.append(f"model.{section}.{name}={value}")
+    if needed:
+        raise UserError(
+            f"init.weights={config.init.weights} holds weights of a model with other settings: add {' '.join(needed)}"
+        )
+
+
+def validate_stores(config: PretrainConfig) -> None:
+    """The watchdog would end a run while it waits for a store that it may wait for."""
+    hang, retry = config.guard.hang_minutes, config.data.retry_minutes
+    is_remote = any(not is_local(source.shards) for source in config.data.sources.values() if source.weight > 0)
+    if is_remote and hang and RETRIES_IN_A_STEP * retry > hang:
+        raise UserError(
+            f"data.retry_minutes={retry:g} is too long for guard.hang_minutes={hang:g}, which ends a step that waits "
+            f"for {RETRIES_IN_A_STEP} unreachable chunks of a store: give at most {hang / RETRIES_IN_A_STEP:g}, or "
+            "more hang_minutes"
+        )
 
 
 def validate_validation(config: PretrainConfig) -> None:
@@ -290,6 +343,11 @@ def validate_parallel(config: PretrainConfig) -> None:
     choose("parallel.offload_parameters", parallel.offload_parameters, ("none", "cpu"))
     if parallel.zero_stage not in (0, 1, 2, 3):
         raise UserError(f"parallel.zero_stage={parallel.zero_stage} is not a ZeRO stage: choose 0, 1, 2 or 3")
+    if parallel.zero_stage == 0 and parallel.precision == "bf16" and parallel.tensor > 1:
+        raise UserError(  # DeepSpeed's optimizer for it takes only the first rank's shards into the gradient norm
+            "parallel.zero_stage=0 does not clip gradients rightly with parallel.precision=bf16 and parallel.tensor "
+            "> 1: set parallel.zero_stage=1"
+        )
     for key, wanted, least in (("offload_optimizer", parallel.offload_optimizer, 1),
                                ("offload_parameters", parallel.offload_parameters, 3)):  # fmt: skip
         if wanted != "none" and parallel.zero_stage < least:
@@ -339,7 +397,10 @@ def validate_model(model: ModelConfig, tensor: int) -> None:
         ),
     ):
         if value % divisor:
-            raise UserError(f"{key}={value} is not a multiple of {divisor_key}={divisor}: change one of them")
+            mend = "change one of them"
+            if key.startswith("the vocabulary"):
+                mend = "model.language_model.num_special_tokens can be larger (and --special-tokens of the import)"
+            raise UserError(f"{key}={value} is not a multiple of {divisor_key}={divisor}: {mend}")
 
 
 def fill_vocabulary(config: PretrainConfig) -> Tokenizer:

@@ -46,6 +46,8 @@ def set_process_options(parallel: ParallelConfig, seed: int) -> None:
     """Threads, determinism and the seed: the same on every rank, so that all build the same weights."""
     if parallel.threads:
         torch.set_num_threads(parallel.threads)
+    if parallel.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # is read when CUDA starts
     torch.use_deterministic_algorithms(parallel.deterministic, warn_only=torch.cuda.is_available())
     # Else every buffer is filled as it is made, DeepSpeed's gigabytes of hardly used buckets too: seconds a step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -64,7 +66,11 @@ def init_distributed(parallel: ParallelConfig) -> Topology:
     deepspeed.init_distributed(backend, timeout=timedelta(minutes=parallel.timeout_minutes), verbose=False)
     world_size = torch.distributed.get_world_size()
     dp_size = data_parallel_size(parallel.tensor, world_size)
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=parallel.tensor)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        create_gloo_process_groups=False,  # nothing uses them, and a wrong host name would stop the start
+        distributed_timeout_minutes=parallel.timeout_minutes,
+    )
     return Topology(
         rank=torch.distributed.get_rank(),
         world_size=world_size,

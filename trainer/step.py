@@ -110,7 +110,7 @@ def step_metrics(result: StepResult, source_names: list[str]) -> dict[str, Any]:
         **losses,
         "perplexity": math.exp(min(losses["loss/text"], MAX_EXPONENT)),
         **collapse_metrics(result.sums),
-        "effective_rank": effective_rank(sample) if sample is not None and len(sample) > 1 else None,
+        "effective_rank": effective_rank(sample) if sample is not None else None,
         "grad_norm": result.grad_norm,
         **asdict(result.counts),
     }

@@ -17,12 +17,12 @@ from tqdm import tqdm
 
 from conf import UserError
 from data_pipelines.chunk_fetcher import ChunkFetcher
-from data_pipelines.config import DataConfig
+from data_pipelines.config import DataConfig, index_path
 from data_pipelines.document import Document, Skip, Text
 from data_pipelines.headers import DecodeError
 from data_pipelines.index import Index
 from data_pipelines.inspecting.settings import spread
-from data_pipelines.loader import index_path, open_indexes
+from data_pipelines.loader import open_indexes
 from data_pipelines.order import stable_hash
 from data_pipelines.pictures import decode_pictures
 from data_pipelines.processes import end_with_parent

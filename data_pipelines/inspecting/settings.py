@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,12 @@ from data_pipelines.loader import open_indexes
 from data_pipelines.reader import SourceReader
 from data_pipelines.tokenizer import Tokenizer
 from data_pipelines.validate import validate_batching
+
+OF_THE_TRAINER = (
+    *("run_dir", "total_steps", "stop_after_step", "stop_after_minutes", "seed", "objective", "optim", "parallel"),
+    *("checkpoint", "guard", "monitor", "validation", "init"),
+)
+"""Settings of a training job that change nothing about its data."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,12 @@ def load_settings(overrides: list[str], run_config: Path | None) -> Settings:
 def compose_for_inspection(overrides: list[str]) -> dict[str, Any]:
     """Only the data are typed: what else a job overrides is another package's to check."""
     ConfigStore.instance().store(name="inspect_schema", node={"data": DataConfig})
-    return compose_object("inspect", overrides)
+    return compose_object("inspect", [override for override in overrides if _head(override) not in OF_THE_TRAINER])
+
+
+def _head(override: str) -> str:
+    """What a key begins with: group or section."""
+    return re.split(r"[.=@/]", override.lstrip("+~"), maxsplit=1)[0]
 
 
 def read_run_config(path: Path, overrides: list[str]) -> dict[str, Any]:
@@ -56,6 +68,7 @@ def read_run_config(path: Path, overrides: list[str]) -> dict[str, Any]:
     if not isinstance(saved, DictConfig) or not {"data", "model"} <= saved.keys():
         raise _no_run(path)
     schema = OmegaConf.create({"data": DataConfig})
+    overrides = [override for override in overrides if _head(override) not in OF_THE_TRAINER]
     try:
         parts = ({name: saved[name]} for name in ("data", "model"))
         return OmegaConf.to_object(OmegaConf.merge(schema, *parts, OmegaConf.from_dotlist(overrides)))  # type: ignore[return-value]

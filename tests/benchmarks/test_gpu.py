@@ -42,7 +42,7 @@ def test_it_runs_through(out: Path, tmp_path: Path) -> None:  # noqa: F811
     done = run_command("benchmarks.gpu", ["--out", str(out), "--cpu", "--steps", "1", *SMALL], tmp_path)
     assert done.returncode == 0, done.stderr
     loss, *_, ratios = done.stdout.splitlines()
-    difference = re.fullmatch(r"text loss: fp32 (\S+), bf16 \S+, difference (\S+)", loss)
+    difference = re.fullmatch(r"text loss: fp32 with sdpa (\S+), bf16 with sdpa \S+, difference (\S+)", loss)
     assert difference is not None and float(difference[2]) < 1e-2 < float(difference[1])
     assert re.fullmatch(r"ratios: vs_padded=\d+\.\d+ utilisation=-", ratios)
 

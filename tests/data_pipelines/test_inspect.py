@@ -157,7 +157,8 @@ def test_spread_is_even_and_complete() -> None:
 
 
 def test_settings_come_from_the_overrides_of_a_job() -> None:
-    settings = load_settings(["+experiment=demo", "data.lanes=4"], None)
+    of_the_trainer = ["init.weights=outputs/start", "parallel.tensor=2", "run_dir=x", "total_steps=5", "optim=tiny"]
+    settings = load_settings(["+experiment=demo", "data.lanes=4", *of_the_trainer], None)
     assert (settings.num_queries, settings.image_size, settings.data.lanes) == (8, 48, 4)
     assert settings.data.sources["webvid"].kind == "webvid"
     assert load_settings(["data=demo", "model=emu_7b"], None).num_queries == 32

@@ -21,11 +21,11 @@ from hypothesis import strategies as st
 from conf import UserError
 from data_pipelines import loader
 from data_pipelines.arena import MAX_LENT
-from data_pipelines.config import DataConfig, SourceConfig
+from data_pipelines.config import DataConfig, SourceConfig, index_path
 from data_pipelines.document import Batch, Cursor
 from data_pipelines.index import Index, open_index
 from data_pipelines.lane import Lane, share_images
-from data_pipelines.loader import Loader, fingerprint, holdout_documents, index_path, open_indexes
+from data_pipelines.loader import Loader, fingerprint, holdout_documents, open_indexes
 from data_pipelines.packing import collate
 from data_pipelines.tokenizer import Tokenizer
 from tests.data_pipelines.corpora import IMAGE_SIZE, NUM_QUERIES

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import io
+import shlex
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -72,6 +75,46 @@ def test_what_is_missing_or_impossible_fails(config: PretrainConfig, tmp_path: P
     assert found["source gone"] == "fail"
     assert found["tokenizer"] == "fail"
     assert found["configuration"] == "fail"  # 4 lanes cannot be shared by 3 ranks
+
+
+def test_sources_that_are_left_out_are_not_looked_for(config: PretrainConfig, tmp_path: Path) -> None:
+    config.data.sources["gone"] = SourceConfig(kind="pairs", shards=str(tmp_path / "gone-*.tar"), weight=0.0)
+    assert "source gone" not in statuses(config)
+
+
+def test_a_missing_index_is_told_with_the_command_that_makes_it(config: PretrainConfig, tmp_path: Path) -> None:
+    config.data.index_dir = str(tmp_path / "index")
+    checks = {check.name: check for check in preflight.run_checks(Path(config.run_dir), 1, [])}
+    found = checks["index pairs"]
+    assert found.status == "warn"
+    command = shlex.split(found.mend)
+    assert command[:3] == ["python", "-m", "data_pipelines.prepare.index"]
+    done = subprocess.run([sys.executable, *command[1:]], cwd=Path(preflight.__file__).parents[1], capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert statuses(config)["index pairs"] == "ok"
+
+
+def test_host_memory_holds_the_copy_of_a_checkpoint(config: PretrainConfig, tmp_path: Path) -> None:
+    config.model.language_model.num_layers = 100_000
+    check = preflight.check_host_memory(config, nodes=1)
+    assert check.status == "fail" and "use more nodes" in check.mend
+    assert preflight.check_host_memory(config, nodes=10**6).status == "ok"
+
+
+@pytest.mark.parametrize(("num_procs", "nodes", "status"), [(8, 1, "ok"), (16, 1, "fail"), (16, 2, "ok")])
+def test_gpus_are_counted_on_one_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_procs: int, nodes: int, status: str
+) -> None:
+    listing = "\n".join(f"GPU {number}: NVIDIA H100 (UUID: x)" for number in range(8))
+    write_executable(tmp_path / "nvidia-smi", f"echo '{listing}'")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    checks = {check.name: check for check in preflight.run_checks(tmp_path / "run", num_procs, ["data.lane=1"], nodes)}
+    assert checks["GPUs"].status == status
+
+
+def write_executable(path: Path, body: str) -> None:
+    path.write_text(f"#!/bin/bash\n{body}\n")
+    path.chmod(0o755)
 
 
 def test_run_folder_in_use_fails(config: PretrainConfig) -> None:

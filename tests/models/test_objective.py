@@ -226,6 +226,14 @@ def test_effective_rank_counts_equal_directions() -> None:
         assert effective_rank(3 * turned + 10) == pytest.approx(k, rel=1e-3)
 
 
+def test_effective_rank_is_that_of_finite_embeddings() -> None:
+    embeddings = torch.randn(20, 8)
+    embeddings[0, 1], embeddings[3, 2] = float("nan"), float("inf")
+    assert effective_rank(embeddings) == effective_rank(torch.cat([embeddings[1:3], embeddings[4:]]))
+    assert effective_rank(embeddings[[0, 3, 5]]) is None  # one is left
+    assert effective_rank(embeddings[:1]) is None
+
+
 def test_effective_rank_of_random_embeddings_is_near_their_rank() -> None:
     """2,000 Gaussian samples of rank 8: between 7.9 and 8."""
     directions = torch.linalg.qr(torch.randn(32, 8)).Q.t()

@@ -40,7 +40,11 @@ EARLY = [
     ),
     ("data.sources.laion.weight=much", 1, "could not be converted to Float at data.sources.laion.weight: see all keys"),
     ("data.seq_len=7", 1, "data.seq_len=7 is too small for one image of 3 embeddings and a word: make it at least 8"),
-    ("data.lanes=5", 2, "data.lanes=5 cannot be shared by 2 data-parallel ranks: make it a multiple of 2"),
+    (
+        "data.lanes=5",
+        2,
+        "data.lanes=5 cannot be shared by 2 data-parallel ranks: make it a multiple of 2, or, in a run that",
+    ),
     ("data.lanes=3", 1, "data.global_batch_rows=8 is no multiple of data.lanes=3: every lane gives the same number"),
     ("data.micro_batch_rows=8", 2, "data.micro_batch_rows=8 does not divide the 4 rows of a rank"),
     (

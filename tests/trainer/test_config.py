@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import fields
@@ -14,7 +15,7 @@ from conf import UserError
 from conf.composing import CONF_DIR, one_sentence
 from tests.trainer.tiny_job import environment, overrides, run_command
 from trainer.check import check
-from trainer.config import PretrainConfig, compose_config, fill_vocabulary, validate
+from trainer.config import PretrainConfig, compose_config, doubtful, fill_vocabulary, validate
 
 GROUPS = ("model", "data", "objective", "optim", "parallel", "checkpoint", "monitor", "validation", "experiment")
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted(Path(CONF_DIR, group).glob("*.yaml"))]
@@ -125,6 +126,18 @@ def test_the_vocabulary_is_the_tokenizers(corpora: Path, tokenizer_path: Path) -
             "init.weights=/nowhere",
             "init.weights=/nowhere is no folder of imported weights: make it with python -m models",
         ),
+        (
+            "parallel=zero0 parallel.precision=bf16 parallel.tensor=2",
+            "parallel.zero_stage=0 does not clip gradients rightly with parallel.precision=bf16",
+        ),
+        (
+            "parallel.tensor=8",
+            "is not a multiple of parallel.tensor=8: model.language_model.num_special_tokens can be larger",
+        ),
+        (
+            "data.sources.laion.shards=https://store/0.tar data.retry_minutes=4",
+            "data.retry_minutes=4 is too long for guard.hang_minutes=10, which ends a step that waits for 3",
+        ),
         ("total_steps=0", "total_steps=0 is too small: give at least 1"),
         ("checkpoint.keep=0", "checkpoint.keep=0 is too small: give at least 1"),
         ("optim.language_model_lr=-1", "optim.language_model_lr=-1.0 is too small: give at least 0"),
@@ -147,6 +160,42 @@ def test_impossible_values_are_refused(wrong: str, sentence: str) -> None:
     with pytest.raises(UserError) as refusal:
         validate(compose_config(wrong.split()), dp_size=1)
     assert sentence in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "accepted",
+    [
+        "parallel=zero1 parallel.precision=bf16 parallel.tensor=2",
+        "data.retry_minutes=30",  # of local shards
+        "data.sources.laion.shards=https://store/0.tar",
+        "data.sources.laion.shards=https://store/0.tar data.retry_minutes=30 guard.hang_minutes=0",
+        "data.sources.laion.shards=https://store/0.tar data.retry_minutes=30 data.sources.laion.weight=0",
+    ],
+)
+def test_possible_values_are_not_refused(accepted: str) -> None:
+    validate(compose_config(accepted.split()), dp_size=1)
+
+
+def test_imported_weights_want_their_own_settings(tmp_path: Path) -> None:
+    """Those of LLaMA 2 and 3 that no shape tells: with others the model would run, and be wrong."""
+    language = {"width": 5120, "head_width": 128, "norm_eps": 1e-5, "rope_base": 5e5, "max_positions": 8192}
+    description = {"format": 1, "prefixes": [], "fresh": [], "model": {"language_model": language}}
+    (tmp_path / "weights.json").write_text(json.dumps(description))
+    own = [f"init.weights={tmp_path}"]
+    with pytest.raises(UserError) as refusal:
+        validate(compose_config(own), dp_size=1)
+    wanted = ["model.language_model.norm_eps=1e-05", "model.language_model.rope_base=500000.0"]
+    assert str(refusal.value).endswith(f"with other settings: add {' '.join(wanted)}")
+    validate(compose_config([*own, *wanted]), dp_size=1)
+
+
+def test_what_is_hardly_meant_is_told() -> None:
+    random_start, no_holdout = doubtful(compose_config([]))
+    assert random_start.startswith("all weights start at random, and with objective.regression_gradient=full")
+    assert no_holdout.startswith("validation.every_steps=1000 does nothing")
+    meant = ["objective=from_scratch", "data.sources.laion.holdout=0.01"]
+    assert doubtful(compose_config(meant)) == []
+    assert doubtful(compose_config(["init.weights=x", "total_steps=999"])) == []
 
 
 @pytest.mark.parametrize("tensor", [0, 2])

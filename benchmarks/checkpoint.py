@@ -101,7 +101,7 @@ def measure(config: PretrainConfig, out: Path, sizes: Sizes) -> Found:
     batches = itertools.repeat(first_batch(config))
     job = Job(config, engine, batches, TrainState(), topology, monitor, epoch_sizes)
     seconds, recorded = list[float](), list[float]()
-    with Watchdog(run_dir, topology, job.instruments.phases, 600.0) as watchdog:
+    with Watchdog(run_dir, run_dir / "hang", topology, job.instruments.phases, 600.0) as watchdog:
 
         def step() -> float:
             start = now()

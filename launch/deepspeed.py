@@ -69,9 +69,14 @@ def validate_config(job: Job) -> int:
     """Exit code of the trainer's own check, which imports no torch and so takes a second, not a start of all ranks."""
     if job.module != TRAINING_MODULE:
         return 0
-    return subprocess.run(
-        [sys.executable, "-m", "trainer.check", *_module_args(job)], stdout=subprocess.DEVNULL
-    ).returncode
+    return check_config(_module_args(job), job.num_procs)
+
+
+def check_config(arguments: list[str], num_procs: int) -> int:
+    """Exit code of `trainer.check` for so many processes."""
+    command = [sys.executable, "-m", "trainer.check", *arguments]
+    environment = {**os.environ, "WORLD_SIZE": str(num_procs)}
+    return subprocess.run(command, stdout=subprocess.DEVNULL, env=environment).returncode
 
 
 def _module_args(job: Job) -> list[str]:
@@ -127,7 +132,7 @@ def read_exit(run_dir: Path, launcher_code: int, stop_requested: bool) -> tuple[
 def died(run_dir: Path, code: int) -> bool:
     """Whether a run that nobody has stopped ended by a death that need not happen again: a rank said so, or none could
     say anything. One that has found a defect or a wrong setting says that instead."""
-    if code == 0:
+    if code in (0, 2, PREEMPTED_CODE):
         return False
     told, _ = read_exit(run_dir, 0, True)
     return not (run_dir / "exit.json").exists() or told == START_AGAIN_CODE or (told == PREEMPTED_CODE != code)

@@ -2,8 +2,9 @@
 
     python -m launch.slurm --nodes 4 --gpus-per-node 8 --time 48:00:00 --run-dir outputs/run -- +experiment=emu_14b
 
-One task per GPU. Five minutes before the time limit the ranks get USR1, save a checkpoint and end with the preemption
-code; the script then puts the job back into the queue, and it goes on from there. So it does when a rank has died.
+One task per GPU. Ten minutes before the time limit (--warning-s) the ranks get USR1, save a checkpoint and end with
+the preemption code; the script then puts the job back into the queue, and it goes on from there. So it does when a rank
+has died.
 """
 
 from __future__ import annotations
@@ -19,11 +20,8 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from conf import UserError, run_cli
-from launch.deepspeed import PREEMPTED_CODE, START_AGAIN_CODE, TRAINING_MODULE
+from launch.deepspeed import PREEMPTED_CODE, START_AGAIN_CODE, TRAINING_MODULE, check_config
 
-MAX_RESTARTS = 3
-"""Of a job whose ranks died without a further checkpoint."""
-WARNING_S = 300
 TIME_LIMIT = re.compile(r"\d+|\d+:\d\d|\d+:\d\d:\d\d|\d+-\d+(:\d\d){0,2}")
 SLURM_NAME = re.compile(r"[A-Za-z0-9_.,@+-]+")
 
@@ -33,7 +31,8 @@ class SlurmJob:
     """A batch job. time: as sbatch takes it, [days-]hours:minutes:seconds. env_file: shell file to source first.
 
     container: image for srun's --container-image (pyxis); container_mounts: more mounts, src:dst[,src:dst].
-    cpu: ask for no GPUs; gpus_per_node then counts processes.
+    cpu: ask for no GPUs; gpus_per_node then counts processes. mem: of a node, as sbatch takes it; 0 = all of it.
+    warning_s: so long before the time limit the ranks save. restarts: after deaths without a further checkpoint.
     """
 
     nodes: int
@@ -41,6 +40,9 @@ class SlurmJob:
     time: str
     run_dir: Path
     cpus_per_task: int = 8
+    mem: str = "0"
+    warning_s: int = 600
+    restarts: int = 3
     job_name: str = "emu"
     partition: str = ""
     account: str = ""
@@ -56,9 +58,13 @@ class SlurmJob:
         for flag in ("nodes", "gpus_per_node", "cpus_per_task"):
             if getattr(self, flag) < 1:
                 raise UserError(f"--{flag.replace('_', '-')} is {getattr(self, flag)}: give at least 1")
+        if self.warning_s < 1:
+            raise UserError(f"--warning-s is {self.warning_s}: give the seconds that two checkpoints and a step take")
+        if self.restarts < 0:
+            raise UserError(f"--restarts is {self.restarts}: give how often to start again, at least 0")
         if not TIME_LIMIT.fullmatch(self.time):
             raise UserError(f"--time {self.time!r} is not a Slurm time limit: write it as 48:00:00 or 2-00:00:00")
-        for flag in ("job_name", "partition", "account"):
+        for flag in ("job_name", "partition", "account", "mem"):
             value = getattr(self, flag)
             if value and not SLURM_NAME.fullmatch(value):
                 raise UserError(f"--{flag.replace('_', '-')} {value!r} is not a Slurm name: use letters, digits, _ . -")
@@ -85,8 +91,6 @@ def render_script(job: SlurmJob, project: Path) -> str:
         arguments=shlex.join(module_arguments(job)),
         preempted_code=PREEMPTED_CODE,
         start_again_code=START_AGAIN_CODE,
-        max_restarts=MAX_RESTARTS,
-        warning_s=WARNING_S,
     )
 
 
@@ -99,6 +103,11 @@ def write_script(job: SlurmJob, project: Path) -> Path:
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror}): choose another --run-dir") from None
     return path
+
+
+def can_check_here(job: SlurmJob) -> bool:
+    """Whether this machine sees what the nodes will see: a container or a sourced file may change it."""
+    return job.module == TRAINING_MODULE and not job.container and not job.env_file and job.python == sys.executable
 
 
 def submit(script: Path) -> str:
@@ -119,6 +128,11 @@ def parse_args(argv: list[str] | None = None) -> tuple[SlurmJob, bool]:
     parser.add_argument("--time", required=True, help="time limit of one segment, e.g. 48:00:00")
     parser.add_argument("--run-dir", type=Path, required=True, help="run folder, on storage that all nodes see")
     parser.add_argument("--cpus-per-task", type=int, default=8, help="for a rank and its loader workers (%(default)s)")
+    parser.add_argument("--mem", default="0", help="memory of a node, as sbatch takes it (%(default)s: all of it)")
+    parser.add_argument(
+        "--warning-s", type=int, default=600, help="save so long before the time limit; two checkpoints (%(default)s)"
+    )
+    parser.add_argument("--restarts", type=int, default=3, help="starts again after deaths in a row (%(default)s)")
     parser.add_argument("--job-name", default="emu")
     parser.add_argument("--partition", default="")
     parser.add_argument("--account", default="")
@@ -137,6 +151,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[SlurmJob, bool]:
 
 def main() -> None:
     job, wants_submit = parse_args()
+    if can_check_here(job) and (code := check_config(module_arguments(job), job.nodes * job.gpus_per_node)):
+        sys.exit(code)
     script = write_script(job, Path.cwd())
     if wants_submit:
         print(f"{submit(script)}: {script}; follow it with tail -F {job.run_dir}/slurm-*.log")

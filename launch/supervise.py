@@ -52,12 +52,13 @@ class StopRequest:
 
 
 def supervise(launcher: subprocess.Popen[bytes], run_dir: Path, grace_s: float, stop: StopRequest) -> int:
-    """Wait for the launcher and what it has started; returns the launcher's exit code.
+    """Wait for the launcher and what it has started; returns the launcher's exit code, 0 where it has none that tells
+    anything: ranks have said in exit.json how the run ended, and what was slow to end after that was killed here.
 
     The launcher leads a session of its own: a Ctrl-C of the terminal does not reach the ranks past this process.
     Ranks that start after the signal get it as soon as their pid file appears.
     """
-    died_at = None
+    died_at, is_told = None, False
     while launcher.poll() is None:
         if stop.signum is not None:
             if stop.begin_delivery():
@@ -66,15 +67,22 @@ def supervise(launcher: subprocess.Popen[bytes], run_dir: Path, grace_s: float, 
             if stop.is_over(grace_s):
                 break
         elif died_at is None and (dead := _vanished(run_dir)):
-            died_at = time.monotonic()
-            if not (run_dir / "exit.json").exists():
+            died_at, is_told = time.monotonic(), (run_dir / "exit.json").exists()
+            if not is_told:
                 print(f"rank {', '.join(map(str, dead))} has died", file=sys.stderr, flush=True)
         if died_at is not None and time.monotonic() - died_at > ALONE_S:
-            break
+            kill_all(launcher)
+            return 0 if is_told else launcher.wait()
         time.sleep(POLL_S)
+    kill_all(launcher)
+    return launcher.wait()
+
+
+def kill_all(launcher: subprocess.Popen[bytes]) -> None:
+    """The launcher, if it still runs, and everything that it has started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(launcher.pid, signal.SIGKILL)
-    return launcher.wait()
+    launcher.wait()
 
 
 def read_rank_pids(run_dir: Path) -> dict[int, int]:

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,11 +56,9 @@ def rank_state_path(folder: Path, rank: int) -> Path:
 
 
 def start_partial(final: Path) -> None:
-    """Make the empty folder to write into; what a killed run left there is deleted."""
-    partial = partial_path(final)
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
+    """Make the empty folder to write into. What killed runs and failed saves have left goes: it takes the room."""
+    _delete_leftovers(final.parent)
+    partial_path(final).mkdir(parents=True)
 
 
 def new_digest() -> xxhash.xxh3_128:
@@ -99,57 +98,86 @@ def commit(final: Path, files: dict[str, dict[str, Any]]) -> None:
     _point_latest(final)
 
 
-def find_damage(path: Path, digests: bool = True) -> str | None:
+def find_damage(path: Path, digests: bool = True, share: tuple[int, int] = (0, 1)) -> str | None:
     """What is wrong with a checkpoint folder, by its manifest; None if it is whole.
 
-    digests=False looks at names and sizes only, which takes no time.
+    digests=False looks at names and sizes only, which takes no time. share: (i, n), look at every n-th file from the
+    i-th on.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
             return f"{MANIFEST} has format {manifest['format']}, this version reads {FORMAT}"
-        files = [(str(name), facts["size"], facts[DIGEST]) for name, facts in manifest["files"].items()]
+        files = sorted((str(name), facts["size"], facts[DIGEST]) for name, facts in manifest["files"].items())
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
+    except OSError as error:
+        return f"{MANIFEST} cannot be read: {error.strerror}"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} cannot be read"
+    own = files[share[0] :: share[1]]
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        checks = [pool.submit(_file_damage, path, name, size, digest, digests) for name, size, digest in files]
-        bar = tqdm(checks, desc=f"verifying {path.name}", unit="file", delay=5, disable=not digests)
+        checks = [pool.submit(_file_damage, path, name, size, digest, digests) for name, size, digest in own]
+        bar = tqdm(checks, desc=f"verifying {path.name}", unit="file", delay=5, disable=not digests or share[0] > 0)
         return next((damage for damage in (check.result() for check in bar) if damage), None)
 
 
-def find_latest(run_folder: Path, before: int | None = None) -> Path | None:
-    """The whole checkpoint to resume from: the one `latest` names, else the next older, else any.
+def find_latest(run_folder: Path) -> Path | None:
+    """The whole checkpoint to resume from: the one `latest` names, else the next older, else any; None if there is none
+    at all. Reads every byte of what it returns. UserError if there are some and none is whole."""
+    return first_whole(candidates(run_folder))
 
-    before: only of an earlier step than this. Damaged ones are named in a warning. Reads every byte of what it
-    returns, so call it on one rank only.
-    """
-    for path in _candidates(run_folder / "checkpoints"):
-        if before is not None and int(path.name[5:]) >= before:
-            continue
-        damage = find_damage(path)
+
+def first_whole(
+    paths: list[Path],
+    examine: Callable[[Path], str | None] = find_damage,
+    warn: Callable[..., None] = log.warning,
+) -> Path | None:
+    """The first that is not damaged. examine: as `find_damage`. warn: of each that is."""
+    damages = []
+    for path in paths:
+        damage = examine(path)
         if damage is None:
             return path
-        log.warning("checkpoint %s is damaged (%s); looking for an older one", path, damage)
+        damages.append(f"{path.name}: {damage}")
+        warn("checkpoint %s cannot be used (%s); looking for an older one", path, damage)
+    if damages:
+        raise UserError(
+            f"{paths[0].parent} has no checkpoint that can be used ({'; '.join(damages[:3])}): put a copy of one "
+            "there, go on with the version of this program that wrote them, or choose another run_dir"
+        )
     return None
 
 
-def prune(run_folder: Path, keep: int) -> list[Path]:
-    """Delete all but the newest `keep` rolling checkpoints; permanent ones and the latest stay. Returns what went.
+def candidates(run_folder: Path, before: int | None = None) -> list[Path]:
+    """Checkpoints in the order to try. before: only of an earlier step than this.
 
-    Call it on one rank while no checkpoint is being written: leftovers of killed runs are deleted too.
+    Steps beyond `latest` belong to an attempt that was given up, or was killed just before.
+    """
+    folder = run_folder / "checkpoints"
+    paths, latest = _by_step(folder), _latest_name(folder)
+    if latest is not None:
+        if folder / latest not in paths:
+            log.warning("%s names %s, which is not there; looking for an older one", folder / LATEST, latest)
+        paths = [path for path in paths if path.name <= latest] + [path for path in paths if path.name > latest]
+    return [path for path in paths if before is None or int(path.name[5:]) < before]
+
+
+def prune(run_folder: Path, keep: int) -> list[Path]:
+    """Delete all but the newest `keep` rolling checkpoints up to `latest`; permanent ones stay. Returns what went.
+
+    Those beyond `latest` are of an attempt that was given up: they go. What cannot be deleted is left for the next
+    time, with a warning. Call it on one rank while no checkpoint is being written: leftovers of killed runs are deleted
+    too.
     """
     assert keep >= 1
     folder = run_folder / "checkpoints"
-    for leftover in [*folder.glob(f"step-*{PARTIAL}"), *folder.glob(f"step-*{REMOVED}")]:
-        shutil.rmtree(leftover)
+    _delete_leftovers(folder)
     latest = _latest_name(folder)
     rolling = [path for path in _by_step(folder) if not _is_permanent(path)]
-    surplus = [path for path in rolling[keep:] if path.name != latest]
-    for path in surplus:
-        _remove(path)
-    return surplus
+    given_up = [path for path in rolling if latest is not None and path.name > latest]
+    surplus = given_up + [path for path in rolling if path not in given_up][keep:]
+    return [path for path in surplus if path.name != latest and _remove_if_possible(path)]
 
 
 def _file_damage(folder: Path, name: str, size: int, digest: str, digests: bool) -> str | None:
@@ -160,25 +188,17 @@ def _file_damage(folder: Path, name: str, size: int, digest: str, digests: bool)
         return f"{name} is missing"
     if path.stat().st_size != size:
         return f"{name} has {path.stat().st_size} bytes instead of {size}"
-    if digests and describe_file(path)[DIGEST] != digest:
-        return f"{name} has changed since it was written"
+    try:
+        if digests and describe_file(path)[DIGEST] != digest:
+            return f"{name} has changed since it was written"
+    except OSError as error:  # a bad sector, or no permission
+        return f"{name} cannot be read: {error.strerror}"
     return None
 
 
 def _by_step(folder: Path) -> list[Path]:
     """Folders with a final name, newest first."""
     return sorted((p for p in folder.glob("step-*") if p.is_dir() and p.name[5:].isdigit()), reverse=True)
-
-
-def _candidates(folder: Path) -> list[Path]:
-    """In the order to try. Steps beyond `latest` belong to an attempt that was given up, or was killed just before."""
-    paths, latest = _by_step(folder), _latest_name(folder)
-    if latest is None:
-        return paths
-    if folder / latest not in paths:
-        log.warning("%s names %s, which is not there; looking for an older one", folder / LATEST, latest)
-    older = [path for path in paths if path.name <= latest]
-    return older + [path for path in paths if path.name > latest]
 
 
 def _latest_name(folder: Path) -> str | None:
@@ -210,7 +230,29 @@ def _remove(path: Path) -> None:
     if removed.exists():
         shutil.rmtree(removed)
     path.rename(removed)
-    shutil.rmtree(removed)
+    _delete(removed)
+
+
+def _remove_if_possible(path: Path) -> bool:
+    try:
+        _remove(path)
+    except OSError as error:
+        log.warning("%s could not be deleted (%s)", path, error.strerror)
+        return False
+    return True
+
+
+def _delete_leftovers(folder: Path) -> None:
+    for leftover in [*folder.glob(f"step-*{PARTIAL}"), *folder.glob(f"step-*{REMOVED}")]:
+        _delete(leftover)
+
+
+def _delete(folder: Path) -> None:
+    """As far as possible: over the network a file that someone still reads cannot go."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        log.warning("%s could not be deleted (%s)", folder, error.strerror)
 
 
 def _flush_folder(folder: Path) -> None:

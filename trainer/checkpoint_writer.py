@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from conf import UserError
 from models.weights.fragment_files import WEIGHT, FragmentValues, fragment_key, write_fragments, write_json
@@ -34,6 +33,7 @@ from trainer.checkpoint_folder import (
     start_partial,
 )
 from trainer.engine_state import MOMENTS, base_optimizer, has_moments, owned_slices, step_count
+from trainer.host_memory import HostMemory
 from trainer.topology import Topology
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class CheckpointWriter:
     def __init__(self, run_folder: Path, topology: Topology) -> None:
         self._run_folder, self._topology = run_folder, topology
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=_step_aside)
-        self._host: dict[str, Tensor] = {}
+        self._host = HostMemory()
         self._pending: _Pending | None = None
 
     def start(
@@ -111,15 +111,8 @@ class CheckpointWriter:
         return pending.final
 
     def _on_host(self, value: FragmentValues) -> FragmentValues:
-        """A copy in memory that is used again for every checkpoint: fresh pages cost as much as the copy itself."""
-        copies = {}
-        for kind, tensor in value.tensors.items():
-            key = fragment_key(value.fragment.name, kind)
-            copy = self._host.get(key)
-            if copy is None or (copy.shape, copy.dtype) != (tensor.shape, tensor.dtype):
-                copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-                self._host[key] = copy
-            copies[kind] = copy.copy_(tensor, non_blocking=True)
+        name = value.fragment.name
+        copies = {kind: self._host.copy(fragment_key(name, kind), tensor) for kind, tensor in value.tensors.items()}
         return replace(value, tensors=copies)
 
 

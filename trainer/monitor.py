@@ -44,7 +44,7 @@ class Monitor:
     def start(self, step: int, total_steps: int, world_size: int, device: str) -> None:
         self.event("start", step, world_size=world_size, device=device)
         self.started = (time.monotonic(), step)
-        print(f"attempt {self.attempt}: from step {step} of {total_steps} on {world_size} x {device}", flush=True)
+        say(f"attempt {self.attempt}: from step {step} of {total_steps} on {world_size} x {device}")
 
     def order_changed(self, step: int, changes: list[str]) -> None:
         self.event("order_changed", step, changes=changes)
@@ -58,7 +58,7 @@ class Monitor:
             return
         shown = "  ".join(f"{name} {values[name]:.4f}" for name in CONSOLE if values.get(name) is not None)
         left = self.time_left(step, total_steps)
-        print(f"step {step}/{total_steps}  {shown}  {values['seconds/step']:.2f} s, {left} left", flush=True)
+        say(f"step {step}/{total_steps}  {shown}  {values['seconds/step']:.2f} s, {left} left")
         self.send(flat(values), step)
 
     def time_left(self, step: int, total_steps: int) -> str:
@@ -82,7 +82,7 @@ class Monitor:
         """A line of validation.jsonl. samples: folder that `write_samples` made, for wandb."""
         self.validations.write({"attempt": self.attempt, "step": step, **values})
         shown = "  ".join(f"{name} {values[name]:.4g}" for name in CONSOLE_VALIDATION if name in values)
-        print(f"validation at step {step}: {shown}", flush=True)
+        say(f"validation at step {step}: {shown}")
         self.send({f"validation/{name}": value for name, value in values.items()}, step)
         if samples is not None and self.wandb is not None:
             self.send({"validation/samples": _wandb_images(samples)}, step)
@@ -114,6 +114,12 @@ class Monitor:
         if self.wandb is not None:
             with contextlib.suppress(Exception):
                 self.wandb.finish()
+
+
+def say(line: str) -> None:
+    """On the console, whose loss must not end the run: a terminal that is closed, a log on a full disk."""
+    with contextlib.suppress(OSError):
+        print(line, flush=True)
 
 
 def flat(values: dict[str, Any]) -> dict[str, Any]:
@@ -174,7 +180,7 @@ def start_wandb(run_dir: Path, config: MonitorConfig, resolved_config: dict[str,
         import wandb
 
         id_file = run_dir / "wandb_id"
-        if not id_file.exists():
+        if not id_file.exists() or not id_file.stat().st_size:
             id_file.write_text(secrets.token_hex(4))
         return wandb.init(
             project=config.wandb_project,

@@ -9,6 +9,7 @@ import trainer  # noqa: F401 # quiets the libraries, which run as a script would
 
 # isort: split
 
+import logging
 import os
 import sys
 import time
@@ -29,11 +30,11 @@ from trainer import run_folder
 from trainer.check import check
 from trainer.checkpoint import load_imported
 from trainer.checkpoint_writer import CheckpointWriter
-from trainer.config import PretrainConfig, fill_vocabulary, register_schemas, to_dataclass, validate
+from trainer.config import PretrainConfig, doubtful, fill_vocabulary, register_schemas, to_dataclass, validate
 from trainer.endings import as_user_error, lost_connection
 from trainer.engine import build_engine, init_distributed, set_process_options
 from trainer.held_out import HeldOut
-from trainer.monitor import Monitor, quiet_libraries
+from trainer.monitor import Monitor, quiet_libraries, say
 from trainer.profiling import Profiler
 from trainer.rollback import roll_back
 from trainer.saving import Saver
@@ -43,6 +44,8 @@ from trainer.stop import STOPPED_BY_SIGNAL, StopRequest
 from trainer.topology import Topology
 from trainer.validation import run_validation
 from trainer.watchdog import Watchdog
+
+log = logging.getLogger(__name__)
 
 SPEAKING_S = 2.0
 """So long the other ranks wait for rank 0 to say what is wrong: launchers kill all ranks when one has ended."""
@@ -63,7 +66,7 @@ def train(config: PretrainConfig) -> int:
         run_folder.write_config(run_dir, asdict(config))
         monitor = Monitor(run_dir, config.monitor, asdict(config), attempt)
     try:
-        code, reason = run_steps(config, tokenizer, topology, monitor, stop)
+        code, reason = run_steps(config, tokenizer, topology, monitor, stop, attempt)
     except Exception as error:
         # All ranks may find the same, or one rank's end breaks the collectives of the others: one of them says why.
         known = as_user_error(error, topology)
@@ -79,13 +82,18 @@ def train(config: PretrainConfig) -> int:
     if topology.rank == 0:
         run_folder.write_exit(run_dir, code, reason)
         follow_up = "the same command goes on" if code else f"python -m trainer.export run_dir={run_dir}"
-        print(f"{reason}; run folder {run_dir}; next: {follow_up}", flush=True)
+        say(f"{reason}; run folder {run_dir}; next: {follow_up}")
     dist.barrier()
     return code
 
 
 def run_steps(
-    config: PretrainConfig, tokenizer: Tokenizer, topology: Topology, monitor: Monitor | None, stop: StopRequest
+    config: PretrainConfig,
+    tokenizer: Tokenizer,
+    topology: Topology,
+    monitor: Monitor | None,
+    stop: StopRequest,
+    attempt: int,
 ) -> tuple[int, str]:
     """Set up, resume, and step until something says stop: (exit code, reason)."""
     run_dir = Path(config.run_dir)
@@ -98,6 +106,9 @@ def run_steps(
     state = resume(checkpoint, config, engine, order, sources, topology) if checkpoint else TrainState()
     if not checkpoint and config.init.weights:
         load_imported(Path(config.init.weights), engine, topology)
+    if monitor is not None and not checkpoint:
+        for sentence in doubtful(config):
+            log.warning("%s", sentence)
     if monitor is not None:
         run_folder.keep_tokenizer(run_dir, tokenizer)
         monitor.start(state.step, config.total_steps, topology.world_size, engine.device.type)
@@ -108,13 +119,15 @@ def run_steps(
     job = Job(config, engine, stream, state, topology, monitor, epoch_sizes)
     writer = CheckpointWriter(run_dir, topology)
 
-    def begin() -> None:
-        begin_save(writer, config, engine, state, order, sources, topology)
+    def begin(permanent: bool) -> None:
+        begin_save(writer, config, engine, state, order, sources, topology, permanent)
 
     first_step = state.step
     last_step = min(config.total_steps, config.stop_after_step or config.total_steps)
     saver = Saver(run_dir, config.checkpoint, topology, writer, begin, job.tell, first_step)
-    step_until(last_step, stop, job, saver, HeldOut(config, indexes, tokenizer, topology))
+    hangs = run_dir / "hang" / f"attempt-{attempt}"
+    watchdog = Watchdog(run_dir, hangs, topology, job.instruments.phases, 60 * config.guard.hang_minutes)
+    step_until(last_step, stop, job, saver, HeldOut(config, indexes, tokenizer, topology), watchdog)
     saver.last(state.step)
     if state.step < last_step:
         code, reason = STOPPED_BY_SIGNAL, f"stopped {stop.reason} after step {state.step}"
@@ -147,12 +160,13 @@ def make_loader(
     )
 
 
-def step_until(last_step: int, stop: StopRequest, job: Job, saver: Saver, held_out: HeldOut) -> None:
+def step_until(
+    last_step: int, stop: StopRequest, job: Job, saver: Saver, held_out: HeldOut, watchdog: Watchdog
+) -> None:
     """Train, save and validate until last_step, or until any rank is asked to stop; go back where steps are no good."""
     config, state, topology, phases = job.config, job.state, job.topology, job.instruments.phases
-    run_dir, is_asked = Path(config.run_dir), False
-    profiler = Profiler(run_dir, topology.rank, config.monitor.profile_step)
-    with Watchdog(run_dir, topology, phases, 60 * config.guard.hang_minutes) as watchdog:
+    profiler, is_asked = Profiler(Path(config.run_dir), topology.rank, config.monitor.profile_step), False
+    with watchdog:
         while state.step < last_step and not is_asked:
             with profiler.around(state.step + 1):
                 is_asked, is_writing = one_step(job, lambda: (stop.is_asked(), saver.is_writing))
@@ -160,10 +174,11 @@ def step_until(last_step: int, stop: StopRequest, job: Job, saver: Saver, held_o
             with phases("checkpoint"):
                 saver.poll(is_writing)
                 if state.bad_steps >= config.guard.patience:
+                    watchdog.rest()  # it reads a whole checkpoint; parallel.timeout_minutes holds
                     saver.conclude()
                     back = roll_back(config, job.engine, state, topology)
                     job.tell("rollback", state.step, to_step=back, passed_over=[back + 1, state.step])
-                saver.after_step(state.step)
+                saver.after_step(state.step, is_good=state.bad_steps == 0)
             watchdog.beat()
             if due(state.step, config.validation.every_steps):
                 with phases("validation"):

@@ -13,6 +13,7 @@ from pathlib import Path
 from conf import UserError, run_cli
 from trainer.reporting.page import render
 from trainer.reporting.run_record import RunRecord
+from trainer.stop import START_AGAIN, STOPPED_BY_SIGNAL
 
 
 def write_report(run: RunRecord, path: Path, refresh_s: float | None = None) -> None:
@@ -21,16 +22,21 @@ def write_report(run: RunRecord, path: Path, refresh_s: float | None = None) -> 
     refresh_s: while the run goes on, the page loads itself again after so long; None = never.
     """
     run.read()
-    page = render(run, None if run.ending else refresh_s)
+    page = render(run, None if has_ended(run) else refresh_s)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(page, encoding="utf-8")
     temporary.replace(path)
 
 
+def has_ended(run: RunRecord) -> bool:
+    """For good: not by something after which it is started again."""
+    return run.ending is not None and run.ending.code not in (STOPPED_BY_SIGNAL, START_AGAIN)
+
+
 def watch(run: RunRecord, path: Path, every_s: float) -> None:
-    """Write the page again and again until the run has ended."""
+    """Write the page again and again until the run has ended for good, not to be started again."""
     write_report(run, path, every_s)
-    while run.ending is None:
+    while not has_ended(run):
         time.sleep(every_s)
         write_report(run, path, every_s)
 
@@ -40,7 +46,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the page (RUN/report.html)")
     parser.add_argument(
-        "--watch", type=float, metavar="SECONDS", help="write it again so often until the run has ended"
+        "--watch", type=float, metavar="SECONDS", help="write it again so often until the run has ended for good"
     )
     arguments = parser.parse_args()
     path = arguments.out or arguments.run / "report.html"

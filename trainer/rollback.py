@@ -8,11 +8,10 @@ from deepspeed import DeepSpeedEngine
 
 from conf import UserError
 from trainer.checkpoint import load_checkpoint
-from trainer.checkpoint_folder import find_latest
 from trainer.config import PretrainConfig
 from trainer.diagnostics import TargetVariance
 from trainer.guards import LossHistory
-from trainer.state import TrainState, from_rank_0
+from trainer.state import TrainState, find_newest
 from trainer.topology import Topology
 
 RECENT_STEPS = 100
@@ -34,7 +33,7 @@ def roll_back(config: PretrainConfig, engine: DeepSpeedEngine, state: TrainState
             f"steps {first_bad} to {state.step} were no good, and the rollbacks that guard.max_rollbacks="
             f"{config.guard.max_rollbacks} allows within {RECENT_STEPS} steps are used up: {advice}"
         )
-    path = from_rank_0(topology, lambda: find_latest(run_dir, before=first_bad))
+    path = find_newest(run_dir, topology, before=first_bad)
     if path is None:
         raise UserError(
             f"steps {first_bad} to {state.step} were no good and there is no checkpoint from before them: {advice}"

@@ -11,8 +11,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
+import logging
 import os
 import shutil
 import socket
@@ -24,6 +26,8 @@ from omegaconf import OmegaConf
 from conf import UserError
 from data_pipelines.tokenizer import JSON, SENTENCEPIECE, Tokenizer
 
+log = logging.getLogger(__name__)
+
 _held: list[IO[str]] = []
 """Lock files of this process: closing one, or the end of the process, lets its folder go."""
 
@@ -32,8 +36,11 @@ def start_attempt(run_dir: Path) -> int:
     """Take the folder for this process and return the number of this start, from 1. UserError if it is in use."""
     _held.append(claim(run_dir))
     path = run_dir / "attempt"
-    number = int(path.read_text()) + 1 if path.exists() else 1
-    path.write_text(f"{number}\n")
+    text = path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else ""
+    number = int(text) + 1 if text.isdecimal() else 1
+    temporary = path.with_name(".attempt")  # a full disk must not leave an empty file
+    temporary.write_text(f"{number}\n")
+    temporary.replace(path)
     (run_dir / "exit.json").unlink(missing_ok=True)  # it told of the attempt before
     return number
 
@@ -53,13 +60,21 @@ def claim(run_dir: Path) -> IO[str]:
         raise UserError(f"run_dir={run_dir} cannot be written ({error.strerror}): choose another folder") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         lock.seek(0)
         owner = lock.read().strip() or "another process"
         raise UserError(f"run_dir={run_dir} is in use by {owner}: stop that run or choose another folder") from error
+    except OSError as error:
+        log.warning(
+            "%s: this file system locks no files (%s), so nothing keeps a second run out of the folder",
+            run_dir,
+            error.strerror,
+        )
+        return lock
     lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    lock.flush()
+    with contextlib.suppress(OSError):  # only for the sentence above
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        lock.flush()
     return lock
 
 
@@ -85,12 +100,15 @@ def write_pid(run_dir: Path, rank: int) -> None:
 
 
 def write_exit(run_dir: Path, code: int, reason: str) -> bool:
-    """Tell how the attempt ended. False if another rank has told before: its word stands."""
+    """Tell how the attempt ended, if the disk takes it. False if another rank has told before: its word stands."""
     try:
         with (run_dir / "exit.json").open("x") as file:
             file.write(json.dumps({"code": code, "reason": reason}) + "\n")
     except FileExistsError:
         return False
+    except OSError as error:
+        (run_dir / "exit.json").unlink(missing_ok=True)  # an empty one would say that all is told
+        log.warning("%s/exit.json could not be written (%s); it would say: %s", run_dir, error.strerror, reason)
     return True
 
 

@@ -17,7 +17,7 @@ from trainer.topology import Topology
 log = logging.getLogger(__name__)
 
 RETRY_STEPS = 20
-"""So many steps after a save that failed, the next one is tried."""
+"""So many steps after the step of a save that failed, the next one is tried, or when its failure shows."""
 LAST_TRIES, LAST_PAUSE_S = 4, 15.0
 """Tries of the save at the end of a run, and the pause before each further one."""
 
@@ -25,7 +25,8 @@ LAST_TRIES, LAST_PAUSE_S = 4, 15.0
 class Saver:
     """All ranks call its methods in the same order, with the same steps.
 
-    begin: starts a checkpoint of the step it is called at. tell: records an event (kind, step, facts).
+    begin: starts a checkpoint of the step it is called at, a permanent one or not. tell: records an event (kind, step,
+    facts).
     """
 
     def __init__(
@@ -34,13 +35,15 @@ class Saver:
         config: CheckpointConfig,
         topology: Topology,
         writer: CheckpointWriter,
-        begin: Callable[[], None],
+        begin: Callable[[bool], None],
         tell: Callable[..., None],
         step: int,
     ) -> None:
         self._run_dir, self._config, self._topology = run_dir, config, topology
         self._writer, self._begin, self._tell = writer, begin, tell
         self._saved_step = self._begun_step = step
+        self._begun_permanent = False
+        self._is_due = self._owes_permanent = False
         self._retry_at = 0
 
     @property
@@ -48,10 +51,16 @@ class Saver:
         """Whether this rank's files of a checkpoint are not yet written."""
         return self._writer.is_writing
 
-    def after_step(self, step: int) -> None:
-        """Begin a checkpoint if one is due. Waits for the one before if that is still being written."""
-        intervals = (self._config.every_steps, self._config.permanent_every_steps)
-        if any(due(step, every) for every in intervals) or step == self._retry_at:
+    def after_step(self, step: int, is_good: bool = True) -> None:
+        """Begin a checkpoint if one is due. Waits for the one before if that is still being written.
+
+        is_good: false in a row of steps that were thrown away, where the checkpoint waits for the next good one: it
+        would take the place of one that a rollback needs.
+        """
+        is_permanent = due(step, self._config.permanent_every_steps)
+        self._owes_permanent |= is_permanent
+        self._is_due |= is_permanent or due(step, self._config.every_steps) or 0 < self._retry_at <= step
+        if self._is_due and is_good:
             self.conclude()
             self._start(step)
             if not self._config.background:
@@ -74,8 +83,9 @@ class Saver:
             self.conclude(is_last=number == LAST_TRIES)
 
     def _start(self, step: int, is_last: bool = False) -> None:
-        self._begun_step = step
-        self._attempt(self._begin, is_last)
+        self._begun_step, self._begun_permanent = step, self._owes_permanent
+        self._is_due, self._owes_permanent, self._retry_at = False, False, 0
+        self._attempt(lambda: self._begin(self._begun_permanent), is_last)
 
     def conclude(self, is_last: bool = False) -> None:
         """Wait for the checkpoint that is being written, if there is one."""
@@ -96,6 +106,7 @@ class Saver:
             if is_last:
                 raise
             self._retry_at = self._begun_step + RETRY_STEPS
+            self._owes_permanent |= self._begun_permanent
             self._tell("checkpoint_failed", self._begun_step, reason=str(error))
             if self._topology.rank == 0:
                 log.warning("%s; trying again", error)

@@ -16,7 +16,7 @@ from deepspeed import DeepSpeedEngine
 from conf import UserError
 from data_pipelines.document import Batch, Cursor
 from trainer.checkpoint import load_checkpoint, read_rank_state, read_state
-from trainer.checkpoint_folder import find_latest
+from trainer.checkpoint_folder import candidates, find_damage, first_whole
 from trainer.checkpoint_writer import CheckpointWriter
 from trainer.config import CheckpointConfig, GuardConfig, PretrainConfig
 from trainer.diagnostics import StepSums, TargetVariance
@@ -65,17 +65,18 @@ class TrainState:
 
 
 def from_rank_0(topology: Topology, action: Callable[[], T]) -> T:
-    """Run `action` on rank 0 and give its result to all ranks. Its UserError ends the others silently: one sentence."""
-    box: list[Any] = [None, None]
+    """Run `action` on rank 0 and give its result to all ranks. Its error ends the others silently: one sentence."""
+    box: list[Any] = [None, False]
+    problem = None
     if topology.rank == 0:
         try:
             box[0] = action()
-        except UserError as error:
-            box[1] = error
+        except Exception as error:
+            box[1], problem = True, error
     if topology.world_size > 1:
         dist.broadcast_object_list(box, src=0)
-    if box[1] is not None:
-        raise box[1] if topology.rank == 0 else SystemExit(2)
+    if box[1]:
+        raise problem if problem is not None else SystemExit(2)
     return box[0]
 
 
@@ -102,6 +103,7 @@ def begin_save(
     order: dict[str, str],
     sources: list[str],
     topology: Topology,
+    permanent: bool,
 ) -> None:
     """Begin to write a checkpoint of `state`. Collective. sources: their names in the order of the cursors."""
     cursors: list[Any] = [state.cursors]
@@ -120,7 +122,6 @@ def begin_save(
         "order": order,
         "config": asdict(config),
     }
-    permanent = due(state.step, config.checkpoint.permanent_every_steps)
     writer.start(engine, state.step, shared, random_states(), permanent)
 
 
@@ -145,7 +146,7 @@ def due(step: int, every: int) -> bool:
 
 def find_checkpoint(config: PretrainConfig, topology: Topology) -> tuple[Path | None, list[str]]:
     """The run folder's newest whole checkpoint, and the sources that it has begun to read; None, [] in a new run."""
-    path = from_rank_0(topology, lambda: find_latest(Path(config.run_dir)))
+    path = find_newest(Path(config.run_dir), topology)
     if path is None:
         return None, []
     if config.checkpoint.resume == "never":
@@ -154,6 +155,20 @@ def find_checkpoint(config: PretrainConfig, topology: Topology) -> tuple[Path | 
             f"checkpoint.resume=auto to go on"
         )
     return path, list(read_state(path).state["sources"])
+
+
+def find_newest(run_dir: Path, topology: Topology, before: int | None = None) -> Path | None:
+    """As `find_latest`, of an earlier step than `before`. Collective: every rank reads its share of the bytes."""
+
+    def examine(path: Path) -> str | None:
+        damages: list[Any] = [find_damage(path, share=(topology.rank, topology.world_size))]
+        if topology.world_size > 1:
+            own, damages = damages[0], [None] * topology.world_size
+            dist.all_gather_object(damages, own)
+        return next((damage for damage in damages if damage), None)
+
+    paths = from_rank_0(topology, lambda: candidates(run_dir, before))
+    return first_whole(paths, examine, log.warning if topology.rank == 0 else log.debug)
 
 
 def resume(

@@ -1,7 +1,7 @@
 """A run that stands still ends itself, and says where: every rank's phase, samples and stack, and who held it up.
 
-<run>/hang/rank-00001.json   step, phase, seconds in it, sample keys, stacks of all threads of that rank
-<run>/hang/rank-00001.txt    the interpreter's own dump, of a rank that cannot even run this thread
+<run>/hang/attempt-3/rank-00001.json   step, phase, seconds in it, sample keys, stacks of all threads of that rank
+<run>/hang/attempt-3/rank-00001.txt    the interpreter's own dump, of a rank that cannot even run this thread
 """
 
 from __future__ import annotations
@@ -36,11 +36,12 @@ WAITING = ("distributed_c10d.py", "deepspeed/comm")
 class Watchdog:
     """One per rank, for the length of a with-block. It looks at `phases` from a thread.
 
-    limit_s: between two calls of `beat`, which says that the rank has come further; 0 = it does nothing.
+    folder: of its reports. limit_s: between two calls of `beat`, which says that the rank has come further; 0 = it does
+    nothing.
     """
 
-    def __init__(self, run_dir: Path, topology: Topology, phases: Phases, limit_s: float) -> None:
-        self._folder, self._run_dir, self._topology = run_dir / "hang", run_dir, topology
+    def __init__(self, run_dir: Path, folder: Path, topology: Topology, phases: Phases, limit_s: float) -> None:
+        self._folder, self._run_dir, self._topology = folder, run_dir, topology
         self._phases, self._limit_s = phases, limit_s
         self._stopped = threading.Event()
         self._deadline = float("inf")
@@ -57,6 +58,12 @@ class Watchdog:
         self._deadline = time.monotonic() + self._limit_s
         faulthandler.dump_traceback_later(self._limit_s + GATHER_S + LAST_RESORT_S, exit=True, file=self._file)
 
+    def rest(self) -> None:
+        """Until the next `beat`."""
+        if self._file is not None:
+            self._deadline = float("inf")
+            faulthandler.cancel_dump_traceback_later()
+
     def __enter__(self) -> Watchdog:
         if self._file is not None:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
@@ -68,8 +75,9 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
             self._file.close()
             Path(self._file.name).unlink()  # nothing has happened
-            with contextlib.suppress(OSError):  # another rank's file is still there, or a report of before
+            with contextlib.suppress(OSError):  # another rank's file is still there, or the folder of an attempt before
                 self._folder.rmdir()
+                self._folder.parent.rmdir()
 
     def _watch(self) -> None:
         while not self._stopped.wait(POLL_S):
@@ -77,6 +85,12 @@ class Watchdog:
                 self._end()
 
     def _end(self) -> None:
+        try:
+            self._report()
+        finally:  # whatever the disk says
+            os._exit(START_AGAIN)
+
+    def _report(self) -> None:
         rank = self._topology.rank
         report = describe(self._phases)
         temporary = self._report_path(rank).with_suffix(".partial")
@@ -88,7 +102,6 @@ class Watchdog:
             sentence = blame(reports, self._topology.world_size, self._limit_s)
             run_folder.write_exit(self._run_dir, START_AGAIN, sentence)
             print(f"{sentence}; every rank's stack is in {self._folder}", file=sys.stderr, flush=True)
-        os._exit(START_AGAIN)
 
     def _report_path(self, rank: int) -> Path:
         return self._folder / f"rank-{rank:05d}.json"

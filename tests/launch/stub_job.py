@@ -1,7 +1,8 @@
 """Stands in for the trainer under the launcher: writes its pid file, then does what its first argument says.
 
 obey: run until a stop signal, then rank 0 writes exit.json and every rank exits with that code;
-ignore: run for ever whatever comes; finish: write exit.json with code 0 and end; crash: rank 1 exits 9, others obey.
+ignore: run for ever whatever comes; finish: write exit.json with code 0 and end; crash: rank 1 exits 9, others obey;
+tell: rank 1 writes exit.json and is gone, others ignore; vanish: so, but it writes nothing.
 Except in a crash every rank has a child that ignores signals too, as loader workers do.
 """
 
@@ -35,6 +36,12 @@ def main() -> None:
         child = subprocess.Popen([sys.executable, "-S", "-c", CHILD])
         (run_dir / f"child-{rank}").write_text(str(child.pid))
     run_folder.write_pid(run_dir, rank)
+    if behaviour in ("tell", "vanish") and rank == 1:
+        while not (run_dir / "pids" / "rank-00000.pid").exists():
+            time.sleep(0.05)
+        if behaviour == "tell":
+            run_folder.write_exit(run_dir, OBEYED_CODE, "stopped by its time limit")
+        os.kill(os.getpid(), signal.SIGKILL)
     while behaviour != "finish" and not (behaviour in ("obey", "crash") and stop):
         time.sleep(0.05)
     code = OBEYED_CODE if stop else 0

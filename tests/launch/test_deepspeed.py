@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from conf import UserError
-from launch.deepspeed import Job, launcher_command, prepare_run_dir, read_exit
+from launch.deepspeed import Job, check_config, died, launcher_command, prepare_run_dir, read_exit
 from launch.supervise import read_rank_pids
 from tests.launch.stub_job import OBEYED_CODE
+from tests.trainer.conftest import corpora, tokenizer_path  # noqa: F401 # fixtures
+from tests.trainer.tiny_job import overrides
 from trainer import run_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -135,6 +137,47 @@ def test_exit_code(tmp_path: Path, text: str | None, launcher_code: int, stop_re
     if text is not None:
         (tmp_path / "exit.json").write_text(text)
     assert read_exit(tmp_path, launcher_code, stop_requested)[0] == code
+
+
+@pytest.mark.parametrize(
+    ("told", "code", "again"),
+    [
+        (None, 137, True),
+        (None, 1, True),
+        (None, 2, False),  # refused before anything was written
+        (None, 75, False),
+        (76, 76, True),
+        (75, 137, True),  # rank 0 stopped in order because another died
+        (75, 75, False),
+        (1, 1, False),
+        (2, 137, False),
+        (0, 0, False),
+    ],
+)
+def test_what_is_started_again(tmp_path: Path, told: int | None, code: int, again: bool) -> None:
+    if told is not None:
+        (tmp_path / "exit.json").write_text(json.dumps({"code": told, "reason": "x"}))
+    assert died(tmp_path, code) is again
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("behaviour", "code"), [("tell", 75), ("vanish", 137)])
+def test_ranks_that_are_slow_to_end_do_not_change_the_code(tmp_path: Path, behaviour: str, code: int) -> None:
+    """As with NCCL, where no signal reaches a rank that waits for another, and with much memory to give back."""
+    process = start(tmp_path, behaviour, "--restarts", "0")
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode == code, output
+
+
+def test_the_check_knows_how_many_ranks_there_will_be(
+    corpora: Path,  # noqa: F811
+    tokenizer_path: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("EMU_DATA", str(corpora))
+    arguments = overrides(corpora, tokenizer_path, tmp_path / "run")
+    assert [check_config(arguments, num_procs) for num_procs in (2, 3)] == [0, 2]
 
 
 def devices_in(command: list[str]) -> list[object]:

@@ -9,7 +9,7 @@ import pytest
 
 from conf import UserError
 from launch.deepspeed import PREEMPTED_CODE, START_AGAIN_CODE
-from launch.slurm import SlurmJob, parse_args, render_script, submit, write_script
+from launch.slurm import SlurmJob, can_check_here, main, parse_args, render_script, submit, write_script
 from trainer.stop import START_AGAIN, STOPPED_BY_SIGNAL
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,7 +32,7 @@ def test_script_is_valid_shell(tmp_path: Path, changes: dict[str, object]) -> No
     script = render_script(make_job(tmp_path, **changes), ROOT)
     assert bash_accepts(script)
     directives = [line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH")]
-    assert {"nodes=2", "ntasks-per-node=8", "requeue", "signal=B:USR1@300"} <= set(directives)
+    assert {"nodes=2", "ntasks-per-node=8", "requeue", "signal=B:USR1@600", "mem=0"} <= set(directives)
     assert ("gpus-per-node=8" in directives) is not changes.get("cpu", False)
     assert ("partition=gpu" in directives) is ("partition" in changes)
     assert ("--container-image=img.sqsh" in script) is ("container" in changes)
@@ -81,7 +81,7 @@ def test_script_gives_ranks_their_place_and_quotes_overrides(tmp_path: Path) -> 
         (PREEMPTED_CODE, True, True),
         (START_AGAIN_CODE, False, True),
         (137, False, True),  # killed, and no rank could say so
-        (1, False, False),
+        (1, False, True),
     ],
 )
 def test_script_requeues_what_the_time_limit_stopped(
@@ -94,20 +94,29 @@ def test_script_requeues_what_the_time_limit_stopped(
 
 
 @pytest.mark.parametrize(
-    ("restarts", "saves", "requeued"), [("2", False, True), ("3", False, False), ("9", True, True)]
+    ("requeues", "deaths", "saves", "requeued"),
+    [
+        (9, 2, False, True),  # most were for the time limit
+        (9, 3, False, False),
+        (9, 3, True, True),
+        (0, 3, False, True),  # submitted by hand
+    ],
 )
 def test_what_dies_again_and_again_is_requeued_while_it_saves(
-    tmp_path: Path, restarts: str, saves: bool, requeued: bool
+    tmp_path: Path, requeues: int, deaths: int, saves: bool, requeued: bool
 ) -> None:
     script = write_script(make_job(tmp_path / "run", python="task-python", module="trainer.other"), tmp_path)
     latest = tmp_path / "run" / "checkpoints" / "latest"
     latest.parent.mkdir()
     latest.write_text("step-00000010")
-    cluster = fake_cluster(tmp_path, 137, warned=False) | {"SLURM_RESTART_COUNT": restarts}
+    (tmp_path / "run" / "deaths").write_text(f"{deaths}\n")
+    cluster = fake_cluster(tmp_path, 137, warned=False) | {"SLURM_RESTART_COUNT": str(requeues)}
     if saves:
         write_command(tmp_path / "task-python", f"printf step-00000020 > {latest}\nexit 137")
     subprocess.run(["bash", str(script)], env=cluster)
     assert ("requeue 12" in (tmp_path / "scontrol.log").read_text()) is requeued
+    left = 1 if saves or not requeues else 3
+    assert (tmp_path / "run" / "deaths").read_text() == f"{left}\n"
 
 
 @pytest.mark.parametrize(("rank_0_wrote", "code", "requeued"), [(True, 2, False), (False, 137, True)])
@@ -164,6 +173,18 @@ def test_wrong_flags_are_one_sentence(tmp_path: Path, changes: dict[str, object]
 @pytest.mark.parametrize("time", ["30", "90:00", "48:00:00", "2-0", "2-00:00", "2-00:00:00"])
 def test_time_limits_that_slurm_knows(tmp_path: Path, time: str) -> None:
     assert make_job(tmp_path, time=time).time == time
+
+
+def test_wrong_overrides_are_refused_before_the_job_waits_in_a_queue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["--nodes", "1", "--gpus-per-node", "3", "--time", "10", "--run-dir", str(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", ["slurm", *flags, "--", "data.tokenizer=/nowhere"])
+    monkeypatch.setenv("EMU_DATA", str(tmp_path))
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2 and not (tmp_path / "run").exists()
+    assert not can_check_here(make_job(tmp_path, container="image.sqsh"))
 
 
 def test_command_line(tmp_path: Path) -> None:

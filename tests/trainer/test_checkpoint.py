@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import logging
 import os
@@ -144,6 +146,43 @@ def test_a_damaged_file_is_named_and_the_older_checkpoint_taken(
     assert name in record.getMessage()
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_cannot_be_read_is_damaged_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    older, newer = save(tmp_path, 1), save(tmp_path, 2)
+    opened = io.open
+
+    def open_or_fail(file: Any, *args: Any, **kwargs: Any) -> Any:
+        if file == newer / name:
+            raise OSError(errno.EIO, "Input/output error")
+        return opened(file, *args, **kwargs)
+
+    monkeypatch.setattr("io.open", open_or_fail)
+    assert find_latest(tmp_path) == older
+    assert f"{name} cannot be read: Input/output error" in caplog.text
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(tmp_path: Path) -> None:
+    truncate(save(tmp_path, 1) / FILES[0])
+    manifest = save(tmp_path, 2) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 1'))
+    with pytest.raises(UserError) as refusal:
+        find_latest(tmp_path)
+    sentence = str(refusal.value)
+    assert "has no checkpoint that can be used (step-00000002: manifest.json has format 1" in sentence
+    assert "step-00000001: fragments-00000.safetensors has" in sentence
+
+
+def test_ranks_share_the_reading(tmp_path: Path) -> None:
+    """Of three, exactly one sees a damage, whichever file has it; together they see all files."""
+    for number, name in enumerate(FILES[:4]):
+        path = save(tmp_path, number)
+        flip_a_bit(path / name)
+        seen = [find_damage(path, share=(rank, 3)) for rank in range(3)]
+        assert [damage for damage in seen if damage] == [find_damage(path)]
+
+
 def test_manifests_do_not_reach_outside_their_folder(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
     manifest = json.loads((path / "manifest.json").read_text())
@@ -244,11 +283,42 @@ def test_prune_keeps_the_newest_rolling_and_all_permanent_ones(tmp_path: Path) -
     assert prune(tmp_path, keep=2) == []
 
 
-def test_prune_spares_the_latest(tmp_path: Path) -> None:
+def test_prune_deletes_what_an_attempt_that_was_given_up_has_left(tmp_path: Path) -> None:
+    """It would count for `keep`, and be taken where the latest is damaged."""
     save(tmp_path, 9), save(tmp_path, 8)
-    latest = save(tmp_path, 1)
-    prune(tmp_path, keep=1)
+    kept = save(tmp_path, 7, permanent=True)
+    older, latest = save(tmp_path, 1), save(tmp_path, 2)
+    prune(tmp_path, keep=2)
+    assert sorted((tmp_path / "checkpoints").glob("step-*")) == [older, latest, kept]
     assert find_latest(tmp_path) == latest
+
+
+def test_what_cannot_be_deleted_stays_for_the_next_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As over the network, where another process still reads a file of it."""
+    paths = [save(tmp_path, step) for step in range(4)]
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    with monkeypatch.context() as busy:
+        busy.setattr(shutil, "rmtree", refuse)
+        assert prune(tmp_path, keep=2) == [paths[1], paths[0]]
+        prune(tmp_path, keep=2)
+        save(tmp_path, 4)
+    assert "step-00000000.removed could not be deleted (Device or resource busy)" in caplog.text
+    prune(tmp_path, keep=2)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*")) == ["step-00000003", "step-00000004"]
+
+
+def test_a_save_makes_room_of_what_failed_before_it(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    for name in ("step-00000001.partial", "step-00000002.removed"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "fragments-00000.safetensors").write_bytes(b"x")
+    path = save(tmp_path, 3)
+    assert sorted(folder.glob("step-*")) == [path]
 
 
 def test_a_full_disk_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,6 +98,20 @@ def test_console_shows_every_nth_step(tmp_path: Path, capsys: pytest.CaptureFixt
     assert len(read_metrics(tmp_path)) == 4
 
 
+def test_a_console_that_is_gone_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monitor = Monitor(tmp_path, OFF, {}, 1)
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as gone:
+        gone.setattr(sys, "stdout", SimpleNamespace(write=refuse, flush=refuse))
+        for step in (2, 4):
+            record(monitor, step)
+    monitor.close()
+    assert [line["step"] for line in read_metrics(tmp_path)] == [2, 4]
+
+
 def test_one_alarm_per_collapse(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """0.1 is the limit; only above 0.15 is a collapse over."""
     monitor = Monitor(tmp_path, OFF, {}, 1)

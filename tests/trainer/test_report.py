@@ -262,13 +262,16 @@ def test_wrong_input_is_one_sentence(
 def test_watching_ends_with_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two steps come while it sleeps, then the end: each page is whole, the last one does not load itself again."""
+    """Two steps come while it sleeps, then the end: each page is whole, the last one does not load itself again. An end
+    after which the run is started again is none."""
     folder, pages, slept = write_run(tmp_path, 20), [], []
 
     def sleep(seconds: float) -> None:
         slept.append(seconds)
         pages.append((folder / "report.html").read_text())
         step = 20 + len(slept)
+        if step == 21:
+            (folder / "exit.json").write_text('{"code": 75, "reason": "stopped by its time limit"}')
         write_lines(folder / "metrics.jsonl", [step_line(2, step)])
         if step == 22:
             (folder / "exit.json").write_text('{"code": 0, "reason": "trained to the end"}')

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import pytest
 
 from conf import UserError
 from data_pipelines.tokenizer import Tokenizer
+from tests.conftest import full_disk
 from tests.data_pipelines.byte_level import write_byte_level
 from trainer import run_folder
 
@@ -60,6 +62,41 @@ def test_the_first_word_about_the_end_stands(tmp_path: Path) -> None:
     assert not run_folder.write_exit(tmp_path, 0, "done")
     assert run_folder.has_ended(tmp_path)
     assert json.loads((tmp_path / "exit.json").read_text()) == {"code": 2, "reason": "a shard is missing"}
+
+
+def test_a_start_on_a_full_disk_spoils_none_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_folder.start_attempt(tmp_path)
+    run_folder.release()
+    with monkeypatch.context() as full:
+        full.setattr(Path, "write_text", lambda *_: refuse(errno.ENOSPC))
+        with pytest.raises(OSError, match="No space left"):
+            run_folder.start_attempt(tmp_path)
+    run_folder.release()
+    assert run_folder.start_attempt(tmp_path) == 2
+    run_folder.release()
+    (tmp_path / "attempt").write_text("")  # as an earlier version left it
+    assert run_folder.start_attempt(tmp_path) == 1
+
+
+def refuse(number: int) -> None:
+    raise OSError(number, os.strerror(number))
+
+
+def test_an_ending_that_the_disk_does_not_take(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The end itself is not another one; and no empty file says that all has been told."""
+    with full_disk(0):
+        assert run_folder.write_exit(tmp_path, 76, "a rank stood still")
+    assert "it would say: a rank stood still" in caplog.text
+    assert not run_folder.has_ended(tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_no_run_in_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    monkeypatch.setattr("fcntl.flock", lambda *_: refuse(number))
+    assert run_folder.start_attempt(tmp_path) == 1
+    assert "this file system locks no files" in caplog.text
 
 
 def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:

@@ -47,8 +47,8 @@ def make_saver(run: Path, engine: Any, **settings: Any) -> tuple[Saver, Checkpoi
     writer, failures = CheckpointWriter(run, ALONE), []
     config = CheckpointConfig(every_steps=10, keep=2, **settings)
 
-    def begin() -> None:
-        writer.start(engine, engine.step, {}, {})
+    def begin(permanent: bool) -> None:
+        writer.start(engine, engine.step, {}, {}, permanent)
 
     def tell(kind: str, step: int, **facts: str) -> None:
         if kind == "checkpoint_failed":
@@ -124,6 +124,52 @@ def test_a_failed_save_is_tried_again_between_the_intervals(tmp_path: Path, disk
     run_to(saver, writer, engine, 100 + RETRY_STEPS)
     latest = find_latest(tmp_path)
     assert latest is not None and latest.name == f"step-{100 + RETRY_STEPS:08d}" and len(failures) == 1
+
+
+def test_a_failure_that_shows_late_is_mended_at_once(tmp_path: Path, disk: Disk) -> None:
+    """The file is full after more steps than a retry waits for."""
+    engine = make_engine(num_steps=1)
+    saver, writer, failures = make_saver(tmp_path, engine)
+    saver._config.every_steps = 100
+    run_to(saver, writer, engine, 99)
+    disk.is_full = True
+    disk.may_write.clear()
+    for engine.step in range(100, 100 + 2 * RETRY_STEPS):
+        saver.after_step(engine.step)
+    disk.may_write.set()
+    while writer.is_writing:
+        pass
+    saver.poll(writer.is_writing)
+    assert len(failures) == 1
+    disk.is_full = False
+    run_to(saver, writer, engine, 100 + 2 * RETRY_STEPS)
+    latest = find_latest(tmp_path)
+    assert latest is not None and latest.name == f"step-{100 + 2 * RETRY_STEPS:08d}"
+
+
+def test_the_retry_of_a_permanent_one_is_permanent(tmp_path: Path, disk: Disk) -> None:
+    engine = make_engine(num_steps=1)
+    saver, writer, _ = make_saver(tmp_path, engine, permanent_every_steps=20)
+    run_to(saver, writer, engine, 19)
+    disk.is_full = True
+    run_to(saver, writer, engine, 20)
+    disk.is_full = False
+    run_to(saver, writer, engine, 75)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*"))
+    assert names == [f"step-{step:08d}" for step in (30, 40, 50, 60, 70)]  # 30 for 20, and 50 and 70 are rolling
+
+
+def test_no_checkpoint_of_bad_steps(tmp_path: Path, disk: Disk) -> None:
+    """It would take the place of the one that a rollback needs; it comes with the next good step."""
+    engine = make_engine(num_steps=1)
+    saver, writer, _ = make_saver(tmp_path, engine)
+    run_to(saver, writer, engine, 9)
+    for engine.step in (10, 11, 12):
+        saver.after_step(engine.step, is_good=False)
+    assert not writer.in_flight
+    run_to(saver, writer, engine, 14)
+    latest = find_latest(tmp_path)
+    assert latest is not None and latest.name == "step-00000013"
 
 
 def test_the_last_save_is_tried_several_times_and_then_ends_the_run(tmp_path: Path, disk: Disk) -> None:

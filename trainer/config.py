@@ -79,7 +79,8 @@ class OptimConfig:
 
 @dataclass
 class ParallelConfig:
-    """zero_stage: DeepSpeed ZeRO 0-3 over the data-parallel ranks. precision: fp32 | bf16 (with fp32 master weights).
+    """zero_stage: DeepSpeed ZeRO 0-3 over the data-parallel ranks. precision: fp32 | bf16 (with fp32 master weights;
+    gradients are summed over micro-batches and ranks in bf16, as DeepSpeed does by itself).
 
     tensor: ranks that share every layer of the language model (tensor parallel) and the images of their rows; they are
     neighbours. sequence: between the layers they also share the positions (saves activations; CUDA only).

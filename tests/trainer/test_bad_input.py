@@ -155,7 +155,7 @@ def run_wrong_jobs(folder: Path, tokenizer: Path, run: Path, world_size: int) ->
     found: dict[str, tuple[int, str]] = {}
 
     def job(*more: str, run_dir: Path = run) -> tuple[int, str]:
-        arguments = overrides(folder, tokenizer, run_dir, "total_steps=4", *more)
+        arguments = overrides(folder, tokenizer, run_dir, "total_steps=4", "objective=from_scratch", *more)
         stderr = io.StringIO()
         with contextlib.redirect_stderr(stderr), pytest.raises(SystemExit) as exit_:
             run_cli(lambda: pretrain.train(compose_config(arguments)))

@@ -58,9 +58,10 @@ WAITED_AT_MOST = 200
 
 @dataclass(frozen=True)
 class Sizes:
-    """What tests make small. steps: undisturbed ones before each checkpoint."""
+    """What tests make small. steps: undisturbed ones before each checkpoint. turns: many, because the steps of a turn
+    differ by as much as a checkpoint costs."""
 
-    turns: int = 3
+    turns: int = 9
     steps: int = 5
     model: tuple[str, ...] = MODEL
 

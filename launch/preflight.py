@@ -214,7 +214,9 @@ def check_validity(config: PretrainConfig, num_procs: int) -> Check:
 
 
 def report(checks: list[Check]) -> Table:
-    table = Table("check", "result", "found", "mend")
+    table = Table("check", "result")
+    for column in ("found", "mend"):
+        table.add_column(column, overflow="fold")
     for check in checks:
         style = STYLES[check.status]
         table.add_row(check.name, f"[{style}]{check.status}[/{style}]", escape(check.detail), escape(check.mend))
@@ -235,6 +237,8 @@ def main() -> int:
     checks = run_checks(args.run_dir, args.num_procs, args.overrides, args.nodes)
     console = Console()
     console.print(report(checks))
+    for command in (check.mend for check in checks if check.mend.startswith("python -m")):
+        console.print(command, soft_wrap=True, markup=False, highlight=False)  # a table breaks it
     failed = [check.name for check in checks if check.status == "fail"]
     if failed:
         console.print(f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}")

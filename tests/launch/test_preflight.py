@@ -94,6 +94,17 @@ def test_a_missing_index_is_told_with_the_command_that_makes_it(config: Pretrain
     assert statuses(config)["index pairs"] == "ok"
 
 
+def test_commands_can_be_copied(
+    config: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config.data.index_dir = str(tmp_path / "a folder with a name that is much longer than a column of the table")
+    monkeypatch.setattr(sys, "argv", ["preflight", "--run-dir", config.run_dir])
+    preflight.main()
+    checks = preflight.run_checks(Path(config.run_dir), 1, [])
+    [command] = [check.mend for check in checks if check.name == "index pairs"]
+    assert command in capsys.readouterr().out.splitlines()
+
+
 def test_host_memory_holds_the_copy_of_a_checkpoint(config: PretrainConfig, tmp_path: Path) -> None:
     config.model.language_model.num_layers = 100_000
     check = preflight.check_host_memory(config, nodes=1)

@@ -18,14 +18,8 @@ from conf import UserError, run_cli
 from launch.activations import MicroBatch
 from launch.memory import CHECKPOINT_BYTES_PER_PARAMETER, Layout, Memory, peak
 from launch.parameters import count_parameters
-from trainer.config import (
-    PretrainConfig,
-    compose_config,
-    data_parallel_size,
-    fill_vocabulary,
-    validate_model,
-    validate_parallel,
-)
+from trainer.config import PretrainConfig, compose_config, fill_vocabulary
+from trainer.config_checks import data_parallel_size, validate_model, validate_parallel
 
 GB = 1e9
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers")

@@ -31,7 +31,8 @@ from data_pipelines.shards import expand_shards, is_local, stat_shard
 from launch.memory import CHECKPOINT_BYTES_PER_PARAMETER
 from launch.parameters import count_parameters
 from trainer import run_folder
-from trainer.config import PretrainConfig, compose_config, data_parallel_size, doubtful, fill_vocabulary, validate
+from trainer.config import PretrainConfig, compose_config, fill_vocabulary
+from trainer.config_checks import data_parallel_size, doubtful, validate
 
 GB = 1e9
 DISTRIBUTION = "emu-pretraining"

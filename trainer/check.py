@@ -7,7 +7,8 @@ import sys
 
 from conf import run_cli
 from data_pipelines.sources import make_source
-from trainer.config import compose_config, data_parallel_size, fill_vocabulary, validate
+from trainer.config import compose_config, fill_vocabulary
+from trainer.config_checks import data_parallel_size, validate
 
 
 def check(arguments: list[str]) -> None:

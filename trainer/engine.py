@@ -20,7 +20,8 @@ from models.emu import Emu, gradient_keeping_graph
 from models.language_model import Parallelism
 from models.tensor_parallel import sum_gradients
 from models.weights.eva_clip import load_vision_encoder
-from trainer.config import MAX_BUCKET, OptimConfig, ParallelConfig, PretrainConfig, data_parallel_size
+from trainer.config import MAX_BUCKET, OptimConfig, ParallelConfig, PretrainConfig
+from trainer.config_checks import data_parallel_size
 from trainer.topology import Topology
 
 # On a CPU DeepSpeed would compile an all-reduce of its own at the first start: a minute, and a start that is killed

@@ -30,7 +30,8 @@ from trainer import run_folder
 from trainer.check import check
 from trainer.checkpoint import load_imported
 from trainer.checkpoint_writer import CheckpointWriter
-from trainer.config import PretrainConfig, doubtful, fill_vocabulary, register_schemas, to_dataclass, validate
+from trainer.config import PretrainConfig, fill_vocabulary, register_schemas, to_dataclass
+from trainer.config_checks import doubtful, validate
 from trainer.endings import as_user_error, lost_connection
 from trainer.engine import build_engine, init_distributed, set_process_options
 from trainer.held_out import HeldOut

@@ -15,7 +15,8 @@ from conf import UserError
 from conf.composing import CONF_DIR, one_sentence
 from tests.trainer.tiny_job import environment, overrides, run_command
 from trainer.check import check
-from trainer.config import PretrainConfig, compose_config, doubtful, fill_vocabulary, validate
+from trainer.config import PretrainConfig, compose_config, fill_vocabulary
+from trainer.config_checks import doubtful, validate
 
 GROUPS = ("model", "data", "objective", "optim", "parallel", "checkpoint", "monitor", "validation", "experiment")
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted(Path(CONF_DIR, group).glob("*.yaml"))]

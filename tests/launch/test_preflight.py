@@ -105,10 +105,16 @@ def test_commands_can_be_copied(
     assert command in capsys.readouterr().out.splitlines()
 
 
-def test_host_memory_holds_the_copy_of_a_checkpoint(config: PretrainConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("command", "status"), [("nvidia-smi", "fail"), ("other", "warn")])
+def test_host_memory_holds_the_copy_of_a_checkpoint(
+    config: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, status: str
+) -> None:
+    """A node without a GPU is not the one that it will run on."""
+    write_executable(tmp_path / command, "exit 0")
+    monkeypatch.setenv("PATH", str(tmp_path))
     config.model.language_model.num_layers = 100_000
     check = preflight.check_host_memory(config, nodes=1)
-    assert check.status == "fail" and "use more nodes" in check.mend
+    assert check.status == status and "use more nodes" in check.mend
     assert preflight.check_host_memory(config, nodes=10**6).status == "ok"
 
 

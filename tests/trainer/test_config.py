@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from conf import UserError
 from conf.composing import CONF_DIR, one_sentence
+from data_pipelines.inspecting.settings import OF_THE_TRAINER
 from tests.trainer.tiny_job import environment, overrides, run_command
 from trainer.check import check
 from trainer.config import PretrainConfig, compose_config, fill_vocabulary
@@ -188,6 +189,11 @@ def test_imported_weights_want_their_own_settings(tmp_path: Path) -> None:
     wanted = ["model.language_model.norm_eps=1e-05", "model.language_model.rope_base=500000.0"]
     assert str(refusal.value).endswith(f"with other settings: add {' '.join(wanted)}")
     validate(compose_config([*own, *wanted]), dp_size=1)
+
+
+def test_inspection_leaves_out_what_is_not_of_the_data() -> None:
+    """Its list of the others' settings is this configuration without data and model."""
+    assert {*OF_THE_TRAINER, "data", "model"} == {field.name for field in fields(PretrainConfig)}
 
 
 def test_what_is_hardly_meant_is_told() -> None:
